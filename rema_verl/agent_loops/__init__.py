@@ -1,0 +1,1 @@
+"""verl agent loops: a dialogue, token streams and verl's LLM client."""

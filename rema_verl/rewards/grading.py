@@ -1,0 +1,81 @@
+"""Is this answer right? math-verify decides, in a worker process that can be killed.
+
+An answer is hostile text: it may keep the parser busy for ever. math-verify's own time-out needs SIGALRM and so a main
+thread, which verl's reward workers do not have (verl #3407). Here a pool of worker processes grades; a worker that
+overruns its time is killed and replaced, and the answer gets the status ``timeout``, which callers count.
+"""
+
+import atexit
+import functools
+import multiprocessing
+import resource
+from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
+from typing import Literal
+
+from pebble import ProcessExpired, ProcessPool
+
+Status = Literal["graded", "no_answer", "timeout", "error"]
+
+WORKER_MEMORY = 4 << 30  # bytes of address space per worker
+MAX_CHARS = 20_000  # the final answer is at the end of a message; nobody's box is longer than this
+
+
+@dataclass(frozen=True)
+class Grade:
+    """``correct`` is meaningful for status "graded"; otherwise it is False and ``status`` says why."""
+
+    correct: bool
+    status: Status
+
+
+def _init_worker() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
+
+
+def _grade_here(response: str, truth: str) -> Grade:
+    """Runs in a worker. Time limits are the pool's business, so math-verify's own are off."""
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+
+    config = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    answer = parse(response[-MAX_CHARS:], extraction_config=config, parsing_timeout=None)
+    if not answer:
+        return Grade(False, "no_answer")
+    gold = parse(f"\\boxed{{{truth}}}", extraction_config=config, parsing_timeout=None)
+    return Grade(bool(verify(gold, answer, timeout_seconds=None)), "graded")
+
+
+@functools.cache
+def _pool() -> ProcessPool:
+    # spawn: the callers are Ray actors full of threads, which do not survive a fork
+    pool = ProcessPool(
+        max_workers=1, max_tasks=2000, initializer=_init_worker, context=multiprocessing.get_context("spawn")
+    )
+    atexit.register(pool.stop)
+    return pool
+
+
+def grade(response: str, truth: str, timeout: float = 5.0) -> Grade:
+    """Grade the last answer in ``response`` against ``truth`` (LaTeX or plain). Blocks; call from a thread.
+
+    Args:
+        response: the whole message; the last ``\\boxed{}`` in it counts.
+        truth: the ground truth, without a box.
+        timeout: seconds before the worker is killed. Starting a worker is not counted.
+
+    Returns:
+        A :class:`Grade`; never raises for what the texts contain.
+    """
+    _warm_up()
+    try:
+        return _pool().schedule(_grade_here, args=[response, truth], timeout=timeout).result()
+    except FutureTimeout:
+        return Grade(False, "timeout")
+    except (ProcessExpired, Exception):  # noqa: BLE001 - e.g. the worker ran out of memory, or a parser bug
+        return Grade(False, "error")
+
+
+@functools.cache
+def _warm_up() -> None:
+    """Pay for the imports once, outside of any answer's time limit."""
+    _pool().schedule(_grade_here, args=["\\boxed{1}", "1"], timeout=120).result()

@@ -1,0 +1,255 @@
+"""Trainer mode ``rema``: one model plays both roles, and both roles' rows train it together.
+
+verl's synchronous trainer does the work. What is added, in the order of a step:
+
+1. ``_balance_batch``         count trajectories that did not arrive
+2. ``_compute_old_log_prob``  entropy per role
+3. ``_compute_advantage``     give each row its own role's reward back, and group by (prompt, role)
+4. ``_update_actor``          count mini-batches in rows, and report the clip fraction per role
+5. ``_save_checkpoint``       leave a resumable state also when the disk is full
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import transfer_queue as tq
+from omegaconf import open_dict
+from tensordict import TensorDict
+from transfer_queue import KVBatchMeta
+
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.config import omega_conf_to_dataclass
+
+from rema_verl.algorithms.advantages import role_index
+from rema_verl.config import ReMAConfig
+from rema_verl.dialogue import ROLES, StopReason
+from rema_verl.trainers.losses import role_ppo_loss
+from rema_verl.trainers.watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+TRACKER = "latest_checkpointed_iteration.txt"  # verl's pointer to the checkpoint to resume from
+PAD_ROLE = -1
+
+
+@register_trainer("rema")
+class ReMATrainer(PPOTrainerSync):
+    """Two rows per trajectory, shared weights. See the module docstring."""
+
+    # verl compares the mode's name with "sync" to choose the on-policy replay buffer, whole-batch prompts and
+    # checkpoints without in-flight prompts. This mode is synchronous whatever its name.
+    trainer_mode = property(lambda self: "sync", lambda self, name: None)
+
+    def __init__(self, config):
+        self.rema = ReMAConfig.of(config)
+        self.rows: dict[str, dict] = {}  # TransferQueue key -> the row's extra_fields, for the current step
+        super().__init__(config)
+
+    def _build_replay_buffer(self):
+        buffer = super()._build_replay_buffer()
+        buffer.poll_interval = self.rema.poll_interval
+        return buffer
+
+    # ---------------------------------------------------------------- a run
+
+    def on_init_end(self) -> None:
+        super().on_init_end()
+        actor_config = omega_conf_to_dataclass(self.config.actor_rollout_ref.actor)
+        self.actor_rollout_wg.set_loss_fn(partial(role_ppo_loss, config=actor_config))
+
+    def fit(self, agent_loop_manager) -> None:
+        with Watchdog.over(self, agent_loop_manager, interval=self.rema.watchdog_interval):
+            super().fit(agent_loop_manager)
+
+    def resume_hint(self) -> str:
+        """One clause that says from where the same command would go on."""
+        step = _read_tracker(Path(self.config.trainer.default_local_dir))
+        where = f"step {step}" if step else "the start (no checkpoint yet)"
+        return f"run the same command again to go on from {where} in {self.config.trainer.default_local_dir}"
+
+    # --------------------------------------------------------------- a step
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs) -> KVBatchMeta:
+        expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        missing = expected - len(batch) // len(ROLES)
+        failed = len(self.replay_buffer.failure_keys["train"]) * self.config.actor_rollout_ref.rollout.n
+        metrics["rollout/missing_trajectories"] = missing
+        metrics["rollout/failed_trajectories"] = min(failed, missing)
+        metrics["rollout/skipped_trajectories"] = max(missing - failed, 0)
+        if missing:
+            logger.warning(
+                "step %d: %d of %d trajectories are missing (%d failed; the others' question exceeds "
+                "data.max_prompt_length)", self.global_steps, missing, expected, min(failed, missing),
+            )  # fmt: skip
+        return super()._balance_batch(batch, metrics, **kwargs)
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        batch = super()._compute_old_log_prob(batch, metrics)
+        fields = tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields", "response_mask", "entropy"]
+        )
+        self.rows = dict(zip(batch.keys, _column(fields, "extra_fields"), strict=True))
+        for role in ROLES:
+            mine = [i for i in range(len(batch)) if self._role(batch, i) == role]
+            tokens = sum(int(fields["response_mask"][i].sum()) for i in mine)
+            if tokens:
+                total = sum(float((fields["entropy"][i] * fields["response_mask"][i]).sum()) for i in mine)
+                metrics[f"{role}/entropy"] = total / tokens
+            metrics[f"{role}/tokens"] = tokens
+        return batch
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        fields = tq.kv_batch_get(
+            keys=batch.keys, partition_id=batch.partition_id, select_fields=["uid", "response_mask", "rm_scores"]
+        )
+        uids = _column(fields, "uid")
+        scores = [score.clone() for score in fields["rm_scores"].unbind()]
+        roles = [self._role(batch, i) for i in range(len(batch))]
+        for i, role in enumerate(roles):
+            if role is None:
+                continue
+            row = self.rows[batch.keys[i]]
+            if (rewards := row["reward_extra_info"].get("turn_rewards")) is not None:
+                scores[i] = _token_rewards(scores[i], row["turn_spans"], json.loads(rewards)[role])
+            uids[i] = role_index(uids[i], role)
+        update = TensorDict(
+            {
+                "rm_scores": torch.nested.as_nested_tensor(scores, layout=torch.jagged),
+                "role_id": torch.tensor([PAD_ROLE if role is None else ROLES.index(role) for role in roles]),
+            },
+            batch_size=len(batch),
+        )
+        update["uid"] = np.array(uids, dtype=object)
+        tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=update)
+        metrics.update(self._dialogue_metrics(roles, scores, batch.keys))
+        return super()._compute_advantage(batch, metrics)
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        with self._mini_batches_in_rows():
+            batch = super()._update_actor(batch, metrics)
+        for role in ROLES:
+            rows, clipped = (metrics.pop(f"actor/{role}/{name}", 0.0) for name in ("rows", "clipped"))
+            if rows:
+                metrics[f"{role}/pg_clipfrac"] = clipped / rows
+        return batch
+
+    def _get_required_batch_multiple(self, dp_size: int) -> int:
+        with self._mini_batches_in_rows():
+            return super()._get_required_batch_multiple(dp_size)
+
+    @contextlib.contextmanager
+    def _mini_batches_in_rows(self):
+        """verl makes a mini-batch of ``ppo_mini_batch_size * n`` rows; a trajectory here has two rows."""
+        actor = self.config.actor_rollout_ref.actor
+        prompts = actor.ppo_mini_batch_size
+        with open_dict(actor):
+            actor.ppo_mini_batch_size = prompts * len(ROLES)
+        try:
+            yield
+        finally:
+            with open_dict(actor):
+                actor.ppo_mini_batch_size = prompts
+
+    def _role(self, batch: KVBatchMeta, i: int) -> str | None:
+        """The role of row ``i``; None for verl's padding rows, which copy another row's fields."""
+        return None if batch.tags[i].get("is_padding", False) else self.rows[batch.keys[i]]["role"]
+
+    def _dialogue_metrics(self, roles: list[str | None], scores: list[torch.Tensor], keys: list[str]) -> dict:
+        """Turns, rewards, stop reasons and grading, over the real rows of a step."""
+        metrics: dict[str, float] = {}
+        for role in ROLES:
+            mine = [i for i, r in enumerate(roles) if r == role]
+            if mine:
+                metrics[f"{role}/turns/mean"] = float(np.mean([len(self.rows[keys[i]]["turn_spans"]) for i in mine]))
+                metrics[f"{role}/reward/mean"] = float(np.mean([float(scores[i].sum()) for i in mine]))
+        dialogues = [self.rows[keys[i]] for i, role in enumerate(roles) if role == ROLES[0]]
+        if not dialogues:
+            return metrics
+        stops = Counter(d["stop_reason"] for d in dialogues)
+        metrics["dialogue/finish_rate"] = stops[str(StopReason.FINISHED)] / len(dialogues)
+        metrics["dialogue/turns/mean"] = float(np.mean([d["dialogue_turns"] for d in dialogues]))
+        metrics.update({f"dialogue/stop_reason/{reason}": stops[str(reason)] for reason in StopReason})
+        graded = Counter(d["reward_extra_info"].get("grade_status") for d in dialogues)
+        metrics["reward/acc/mean"] = float(np.mean([d["reward_extra_info"].get("acc", 0.0) for d in dialogues]))
+        metrics["reward/grading_timeouts"] = graded["timeout"]
+        metrics["reward/grading_errors"] = graded["error"]
+        prompt_tokens = sum(d["prompt_tokens"] for d in dialogues)
+        metrics["rollout/cache_hit_rate"] = sum(d["cached_tokens"] for d in dialogues) / max(prompt_tokens, 1)
+        return metrics
+
+    # ----------------------------------------------------------- on the disk
+
+    def _dump_generations(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path) -> None:
+        """verl's JSONL of rollouts, with the role and what the agent loop knows of the dialogue on each row."""
+        keys = reward_extra_infos_dict["uid"]
+        extra = {**reward_extra_infos_dict, "role": [ROLES[int(k.rsplit("_", 1)[1])] for k in keys]}
+        if all(key in self.rows for key in keys):
+            for name in ("trajectory_id", "stop_reason", "turn_spans"):
+                extra[name] = [self.rows[key][name] for key in keys]
+        super()._dump_generations(inputs, outputs, gts, scores, extra, dump_path)
+
+    def _save_checkpoint(self) -> None:
+        root = Path(self.config.trainer.default_local_dir)
+        previous = _read_tracker(root)
+        try:
+            super()._save_checkpoint()
+        except Exception as e:
+            # Free the half-written step, then repair verl's pointer, which the failed write may have emptied.
+            shutil.rmtree(root / f"global_step_{self.global_steps}", ignore_errors=True)
+            _write_tracker(root, previous)
+            raise RuntimeError(
+                f"rema-verl: error: could not save the checkpoint of step {self.global_steps}: {_root_cause(e)}; "
+                f"{self.resume_hint()}"
+            ) from None
+
+    def _load_checkpoint(self) -> None:
+        root = Path(self.config.trainer.default_local_dir)
+        if self.config.trainer.resume_mode == "auto" and (root / TRACKER).exists() and _read_tracker(root) is None:
+            # Killed between emptying and writing it: go on from the newest complete step (data.pt is saved last).
+            steps = [int(p.parent.name.rsplit("_", 1)[1]) for p in root.glob("global_step_*/data.pt")]
+            _write_tracker(root, max(steps, default=None))
+        super()._load_checkpoint()
+
+
+def _column(fields: TensorDict, name: str) -> list:
+    """A non-tensor column as plain objects; how it comes depends on TransferQueue's backend."""
+    return [getattr(value, "data", value) for value in list(fields[name])]
+
+
+def _token_rewards(like: torch.Tensor, spans: list[tuple[int, int]], rewards: list[float]) -> torch.Tensor:
+    """Each turn's reward on the turn's last token; (L,) like ``like``."""
+    out = torch.zeros_like(like)
+    for (_, end), reward in zip(spans, rewards, strict=True):
+        out[end - 1] += reward
+    return out
+
+
+def _read_tracker(root: Path) -> int | None:
+    try:
+        return int((root / TRACKER).read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _write_tracker(root: Path, step: int | None) -> None:
+    if step is None:
+        (root / TRACKER).unlink(missing_ok=True)
+        return
+    temporary = root / f"{TRACKER}.tmp"
+    temporary.write_text(str(step))
+    temporary.replace(root / TRACKER)
+
+
+def _root_cause(e: BaseException) -> str:
+    """The first line of the innermost error, without Ray's traceback."""
+    while (inner := getattr(e, "cause", None) or e.__cause__) is not None:
+        e = inner
+    lines = [line for line in str(e).splitlines() if line.strip()]
+    return f"{type(e).__name__}: {lines[-1].strip() if lines else ''}"
