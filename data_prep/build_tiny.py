@@ -1,16 +1,16 @@
-"""Build the synthetic tiny task: a two-role arithmetic dialogue that a 1.6 M-parameter model learns on two CPU cores.
+"""Build the synthetic tiny task: a two-role arithmetic dialogue that a 1.3 M-parameter model learns on two CPU cores.
 
     python data_prep/build_tiny.py --out data/tiny
 
 SYNTHETIC: made for tests and the quickstart, not a benchmark of anything.
 
-The question is a chain of one-digit numbers, worked from left to right, modulo 7. ``meta_thinking`` names the next
+The question is a chain of one-digit numbers, worked from left to right, modulo 5. ``meta_thinking`` names the next
 step, ``reasoning`` computes it; the last step carries ``[FINISH]`` and its answer is boxed:
 
-    question       3+5*2-6
-    meta_thinking  3+5           reasoning  1
-    meta_thinking  1*2           reasoning  2
-    meta_thinking  2-6 [FINISH]  reasoning  \\boxed{3}
+    question       3+4*4-2
+    meta_thinking  3+4           reasoning  2
+    meta_thinking  2*4           reasoning  3
+    meta_thinking  3-2 [FINISH]  reasoning  \\boxed{1}
 
 The cold-start dialogues carry a bad habit for RL to unlearn: on long questions the planner finishes early more often
 than not, which makes the boxed answer wrong. The right behaviour is in the data, only rarer.
@@ -28,10 +28,10 @@ from _common import Parser, positive_int, run_main, write_outputs
 FINISH = "[FINISH]"
 # what the recipes pass as rema.prompts: short, so that rows stay short
 PROMPTS = {"meta_thinking": "plan", "reasoning": "solve", "first_instruction": "{question}|{instruction}"}
-MODULUS = 7  # few enough facts to learn in two minutes
+MODULUS = 5  # few enough facts to learn in two minutes
 LONG = 4  # operands of a long question; a short one has one fewer
 EARLY = {3: 0.30, 4: 0.65}  # probability, at each step but the last, that the planner finishes early
-SHARE_LONG = 0.6
+SHARE_LONG = 0.7
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -92,7 +92,7 @@ def rl_row(numbers: list[int], operators: list[str], split: str, index: int) -> 
     }
 
 
-def build_tokenizer(corpus: list[str]):
+def build_tokenizer(corpus: list[str], vocabulary: int = 320):
     """Byte-level BPE: any text can be encoded, a digit is one token wherever it stands."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -102,7 +102,7 @@ def build_tokenizer(corpus: list[str]):
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(corpus, trainer)
     return PreTrainedTokenizerFast(
@@ -148,9 +148,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--train", type=positive_int, default=2048, help="RL questions")
     parser.add_argument("--val", type=positive_int, default=200, help="held-out questions")
-    parser.add_argument("--sft", type=positive_int, default=24_000, help="cold-start dialogues")
-    parser.add_argument("--hidden", type=positive_int, default=192)
-    parser.add_argument("--layers", type=positive_int, default=4)
+    parser.add_argument("--sft", type=positive_int, default=12_000, help="cold-start dialogues")
+    parser.add_argument("--hidden", type=positive_int, default=256)
+    parser.add_argument("--layers", type=positive_int, default=2)
     args = parser.parse_args(argv)
 
     rng = random.Random(args.seed)
@@ -171,14 +171,16 @@ def main(argv: list[str] | None = None) -> None:
             sft += [{"messages": chat} for chat in sft_rows(text_of(*question), draw_dialogue(*question, rng))]
     rng.shuffle(sft)
 
-    tokenizer = build_tokenizer(["".join(f"{m['role']} {m['content']}\n" for m in row["messages"]) for row in sft[:4000]])
+    tokenizer = build_tokenizer(
+        ["".join(f"{m['role']} {m['content']}\n" for m in row["messages"]) for row in sft[:4000]]
+    )
     model = build_model(tokenizer, args.out / "model", args.seed, args.hidden, args.layers)
     write_outputs(
         args.out,
         {f"{name}.parquet": pa.Table.from_pylist(rows) for name, rows in {**splits, "sft": sft}.items()},
         {
             "synthetic": True,
-            "task": "left-to-right arithmetic modulo 7 in two-role dialogue",
+            "task": "left-to-right arithmetic modulo 5 in two-role dialogue",
             "seed": args.seed,
             "arguments": {k: str(v) for k, v in vars(args).items()},
             "parameters": sum(p.numel() for p in model.parameters()),

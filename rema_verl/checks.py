@@ -1,1 +1,207 @@
-def check_or_exit(config): ...
+"""A user's mistakes, found before anything is started: one line that names the file, row or key, and exit code 2.
+
+Called in the driver (see :func:`rema_verl.compat.config_checks`) for runs that use a name of ours; other verl runs pass
+untouched.
+"""
+
+import glob
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from rema_verl.config import ReMAConfig
+from rema_verl.dialogue import META_THINKING, ROLES, Dialogue
+
+
+class ConfigError(ValueError):
+    """A mistake the user can fix; the message is one line."""
+
+
+def check_or_exit(config: DictConfig) -> None:
+    """Run :func:`check`; print a mistake as one line and exit with code 2."""
+    try:
+        check(config)
+    except ValueError as e:
+        print(f"rema-verl: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def check(config: DictConfig) -> None:
+    """Check a whole verl configuration.
+
+    Raises:
+        ValueError: for the first mistake found.
+    """
+    if not uses_rema(config):
+        return
+    rema = ReMAConfig.of(config)
+    check_names(config)
+    check_batches(config)
+    for key in ("train_files", "val_files"):
+        for path in files_of(config, key):
+            check_rows(path, f"data.{key}", config.data.prompt_key)
+    check_tokenizer(config, rema)
+
+
+def uses_rema(config: DictConfig) -> bool:
+    """Whether the run uses our dialogue, reward or trainer mode."""
+    return "rema" in (
+        config.trainer.v1.trainer_mode,
+        config.actor_rollout_ref.rollout.agent.default_agent_loop,
+        config.reward.reward_manager.name,
+    )
+
+
+def check_names(config: DictConfig) -> None:
+    """Every name that a registry must resolve, and the combinations that would train something else in silence."""
+
+    def registry(module: str, attribute: str) -> set[str]:
+        return {str(name) for name in getattr(importlib.import_module(module), attribute)}
+
+    core = "verl.trainer.ppo.core_algos"
+    known = {
+        "algorithm.adv_estimator": (core, "ADV_ESTIMATOR_REGISTRY"),
+        "actor_rollout_ref.actor.policy_loss.loss_mode": (core, "POLICY_LOSS_REGISTRY"),
+        "reward.reward_manager.name": ("verl.experimental.reward_loop.reward_manager.registry", "REWARD_MANAGER"),
+        "actor_rollout_ref.rollout.agent.default_agent_loop": (
+            "verl.experimental.agent_loop.agent_loop",
+            "_agent_loop_registry",
+        ),
+        "trainer.v1.trainer_mode": ("verl.trainer.ppo.v1.trainer_base", "TRAINER_REGISTRY"),
+    }
+    import verl.experimental.agent_loop
+    import verl.experimental.reward_loop
+    import verl.trainer.ppo.v1  # noqa: F401
+
+    for key, where in known.items():
+        name, names = str(OmegaConf.select(config, key)), registry(*where)
+        if key == "reward.reward_manager.name" and config.reward.reward_manager.source != "register":
+            continue
+        if key.endswith("default_agent_loop") and config.actor_rollout_ref.rollout.agent.agent_loop_config_path:
+            continue
+        if name not in names:
+            raise ConfigError(f"{key}={name} is not a registered name; known: {', '.join(sorted(names))}")
+    if config.trainer.v1.trainer_mode == "rema":
+        if config.actor_rollout_ref.rollout.agent.default_agent_loop != "rema":
+            raise ConfigError(
+                "trainer.v1.trainer_mode=rema needs actor_rollout_ref.rollout.agent.default_agent_loop=rema"
+            )
+        if config.algorithm.adv_estimator == "grpo":
+            raise ConfigError(
+                "algorithm.adv_estimator=grpo looks at one row per trajectory only and gives its advantage to both "
+                "roles; use role_grpo"
+            )
+
+
+def check_batches(config: DictConfig) -> None:
+    """Sizes that verl finds out about in the middle of the first step."""
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    if config.data.train_batch_size % actor.ppo_mini_batch_size:
+        raise ConfigError(
+            f"data.train_batch_size={config.data.train_batch_size} is not a multiple of "
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}"
+        )
+    workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    rows = actor.ppo_mini_batch_size * rollout.n * len(ROLES)
+    micro = actor.ppo_micro_batch_size_per_gpu
+    if rows % workers:
+        raise ConfigError(f"a mini-batch of {rows} rows cannot be shared by {workers} workers")
+    if not actor.use_dynamic_bsz and micro and (rows // workers) % micro:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={micro} does not divide the {rows // workers} rows "
+            f"per worker of a mini-batch (ppo_mini_batch_size x n x 2 roles / workers)"
+        )
+
+
+def files_of(config: DictConfig, key: str) -> list[str]:
+    """The local files behind ``data.<key>``; remote ones are verl's business."""
+    value = config.data[key]
+    paths = [os.path.expanduser(str(path)) for path in (value if OmegaConf.is_list(value) else [value])]
+    if not paths:
+        raise ConfigError(f"data.{key} is empty")
+    local = [path for path in paths if "://" not in path]
+    for path in local:
+        if not glob.glob(path) and not os.path.exists(path):
+            raise ConfigError(f"data.{key}: {path}: no such file")
+    return local
+
+
+def check_rows(path: str, key: str, prompt_key: str) -> None:
+    """Every row has a question and a ground truth."""
+    import pyarrow.parquet as pq
+
+    if not path.endswith(".parquet"):
+        return  # verl reads json too; its rows are checked by the agent loop and the reward manager
+    try:
+        with pq.ParquetFile(path) as file:
+            columns, num_rows = set(file.schema_arrow.names), file.metadata.num_rows
+            if num_rows == 0:
+                raise ConfigError(f"{key}: {path}: the file has no rows")
+            for column in (prompt_key, "reward_model"):
+                if column not in columns:
+                    raise ConfigError(f"{key}: {path}: no column '{column}'")
+            batches = file.iter_batches(batch_size=4096, columns=[prompt_key, "reward_model"])
+            rows = (row for batch in batches for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                if not has_question(row[prompt_key]):
+                    raise ConfigError(f"{key}: {path}: row {number}: '{prompt_key}' has no question (user message)")
+                if str((row["reward_model"] or {}).get("ground_truth") or "").strip() == "":
+                    raise ConfigError(f"{key}: {path}: row {number}: 'reward_model' has no ground_truth")
+    except (OSError, ArithmeticError) as e:
+        raise ConfigError(f"{key}: {path}: not a readable parquet file ({str(e).splitlines()[0][:120]})") from None
+
+
+def has_question(prompt: Any) -> bool:
+    """Whether a prompt column's value has a non-empty user message."""
+    messages: Iterator[dict] = iter(prompt or [])
+    return any(m.get("role") == "user" and str(m.get("content") or "").strip() for m in messages)
+
+
+def check_tokenizer(config: DictConfig, rema: ReMAConfig) -> None:
+    """The tokenizer can render both roles' prompts, and the token limits leave room for a turn."""
+    from transformers import AutoTokenizer
+
+    from rema_verl.agent_loops.rema import prompts_for
+
+    model = config.actor_rollout_ref.model
+    path = os.path.expanduser(model.tokenizer_path or model.path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    except Exception as e:
+        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise ConfigError(
+            f"actor_rollout_ref.model.path={path}: cannot load the tokenizer (a local folder that is not there, a "
+            f"gated model without access, or no network): {reason[:160]}"
+        ) from None
+    if not (model.custom_chat_template or tokenizer.chat_template):
+        raise ConfigError(f"actor_rollout_ref.model.path={path}: the tokenizer has no chat template")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"actor_rollout_ref.model.path={path}: the tokenizer has no eos token")
+    if model.custom_chat_template:
+        tokenizer.chat_template = model.custom_chat_template
+
+    budget, turn = config.data.max_prompt_length, config.data.max_response_length
+    if turn < 1:
+        raise ConfigError(f"data.max_response_length={turn} leaves no token for a message")
+    dialogue = Dialogue("?", max_turns=rema.max_turns, finish_flag=rema.finish_flag, prompts=prompts_for(rema))
+    opening = {META_THINKING: dialogue.view(META_THINKING)}
+    dialogue.add("?")
+    opening |= {role: dialogue.view(role) for role in ROLES if role not in opening}
+    for role, view in opening.items():
+        text = tokenizer.apply_chat_template(view, tokenize=False, add_generation_prompt=True)
+        length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if length > budget:
+            raise ConfigError(
+                f"data.max_prompt_length={budget} is smaller than {role}'s opening prompt for an empty question "
+                f"({length} tokens)"
+            )
+    limit = config.actor_rollout_ref.rollout.max_model_len
+    if limit is not None and limit < budget + turn:
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.max_model_len={limit} is less than data.max_prompt_length + "
+            f"data.max_response_length = {budget + turn}: a turn at the end of the budget would not fit"
+        )

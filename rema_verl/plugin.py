@@ -70,7 +70,7 @@ def _check_verl_version() -> None:
 def _import_loudly(module: str) -> None:
     try:
         importlib.import_module(module)
-    except Exception as e:  # noqa: BLE001 - whatever it is, verl must not go on without us
+    except Exception as e:
         _die(f"could not load {module}: {type(e).__name__}: {e}")
 
 
@@ -89,5 +89,5 @@ def register() -> None:
 
 try:
     register()
-except Exception as e:  # noqa: BLE001 - see the module docstring
+except Exception as e:
     _die(f"plug-in failed to load: {type(e).__name__}: {e}")

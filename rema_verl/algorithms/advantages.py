@@ -17,8 +17,7 @@ import torch
 from verl.trainer.ppo.core_algos import register_adv_est
 
 from rema_verl.algorithms.turns import find_turns, sum_per_span, to_tokens
-
-ROLES = ("meta_thinking", "reasoning")
+from rema_verl.dialogue import ROLES
 
 
 def role_index(uid: str, role: str) -> str:

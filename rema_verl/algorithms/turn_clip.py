@@ -16,11 +16,11 @@ How the turn losses of a global batch (all micro-batches, all data-parallel rank
     sum         a row's turns summed / turn_scale, then mean over rows   no 1/T (Dr. MAMR, arXiv 2511.02303)
 
 "Mean over rows" divides by verl's ``global_batch_size``, as verl's own ``seq-mean-*`` modes do: rows without a valid
-token, verl's padding rows among them, add nothing but are counted in it. Without global batch information (a loss called
-by hand) it is the number of rows that have a turn, again as in verl.
+token, verl's padding rows among them, add nothing but are counted in it. Without global batch information (a loss
+called by hand) it is the number of rows that have a turn, again as in verl.
 
-The number of turns of the global batch, which ``turn`` needs, is not among the things verl tells a loss, and no function
-of one micro-batch can know it. See :func:`count_turns_of_train_batch` for where it comes from.
+The number of turns of the global batch, which ``turn`` needs, is not among the things verl tells a loss, and no
+function of one micro-batch can know it. See :func:`count_turns_of_train_batch` for where it comes from.
 """
 
 import functools
@@ -116,7 +116,10 @@ def count_turns_of_train_batch(train_batch):
 
 
 def install_turn_counter() -> None:
-    """Put :func:`count_turns_of_train_batch` around every verl engine's training step, once per process."""
+    """patches/batch_num_turns.diff: put :func:`count_turns_of_train_batch` around every verl engine's training step.
+
+    Once per process.
+    """
     from verl.workers.engine.base import BaseEngine
 
     if not hasattr(BaseEngine.train_batch, "counts_turns"):

@@ -5,6 +5,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from rema_verl.dialogue import ROLES, Prompts
+
 
 @dataclass(frozen=True)
 class ReMAConfig:
@@ -13,6 +15,9 @@ class ReMAConfig:
     - ``data.max_response_length``: longest message, in tokens (the paper's tokens per turn);
     - ``data.max_prompt_length``: longest context a role may be asked to continue, in tokens.
     """
+
+    roles: dict[str, dict] = field(default_factory=lambda: {role: {} for role in ROLES})
+    """The two roles. Both are played by ``actor_rollout_ref.model``; there are no options per role yet."""
 
     max_turns: int = 30
     """Turns (one message of each role) per dialogue; 1 is the paper's single-turn setting."""
@@ -36,6 +41,13 @@ class ReMAConfig:
     """Seconds between two checks that every worker and engine is alive; 0 switches the watchdog off."""
 
     def __post_init__(self) -> None:
+        if set(self.roles) != set(ROLES):
+            raise ValueError(f"rema.roles must be exactly {' and '.join(ROLES)}, got {', '.join(self.roles) or 'none'}")
+        for role, options in self.roles.items():
+            if options:
+                raise ValueError(f"rema.roles.{role}.{next(iter(options))} is not an option")
+        if unknown := set(self.prompts) - {f.name for f in fields(Prompts)}:
+            raise ValueError(f"rema.prompts.{unknown.pop()} is not an option")
         if self.max_turns < 1:
             raise ValueError(f"rema.max_turns must be at least 1, got {self.max_turns}")
         if len(self.finish_flag.strip()) < 2:

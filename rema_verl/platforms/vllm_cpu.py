@@ -7,7 +7,6 @@ from rema_verl.platforms import cpu
 
 def _load() -> type:
     import ray
-
     from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
     class CPUvLLMHttpServer(vLLMHttpServer):

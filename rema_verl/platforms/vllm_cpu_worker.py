@@ -8,7 +8,6 @@ packs again.
 import traceback
 
 import torch
-
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 
@@ -23,10 +22,9 @@ class CPUWorkerExtension(vLLMColocateWorkerExtension):
             NotImplementedError: for an unmerged LoRA adapter.
             RuntimeError: when a weight could not be loaded (after the sender was answered).
         """
+        from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
         from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-
-        from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 
         if peft_config and base_sync_done:
             raise NotImplementedError("unmerged LoRA adapters cannot be synchronised on CPU: set model.lora.merge=True")
@@ -42,7 +40,7 @@ class CPUWorkerExtension(vLLMColocateWorkerExtension):
             try:
                 # clone: the reload keeps tensors until their layer is complete, the sender reuses the bucket
                 model.load_weights([(name, tensor.clone()) for name, tensor in weights])
-            except Exception:  # noqa: BLE001
+            except Exception:
                 failures.append(traceback.format_exc())
 
         initialize_layerwise_reload(model)

@@ -74,12 +74,12 @@ class ReMARewardManager(RewardManagerBase):
         if not self.custom:
             result = await asyncio.to_thread(grade, answer, str(truth), self.rema.grading_timeout)
             return float(result.correct), float(result.correct), result.status
-        call = dict(
-            data_source=row["data_source"],
-            solution_str=answer,
-            ground_truth=truth,
-            extra_info=dict(row.get("extra_info") or {}),
-        )
+        call = {
+            "data_source": row["data_source"],
+            "solution_str": answer,
+            "ground_truth": truth,
+            "extra_info": dict(row.get("extra_info") or {}),
+        }
         if inspect.iscoroutinefunction(self.compute_score):
             score = await self.compute_score(**call)
         else:

@@ -5,7 +5,6 @@ verl's actor workers, asks the configured policy loss once more per role, withou
 """
 
 import torch
-
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.losses import ppo_loss

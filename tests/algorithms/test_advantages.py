@@ -45,7 +45,7 @@ def test_role_of_reads_what_role_index_wrote():
         assert role_of(np.str_(role_index("a", role))) == role
     for index in ("a", "a@", "@", "a@meta-thinking", "reasoning", 3, None, ("a", "reasoning")):
         assert role_of(index) is None
-    with pytest.raises(ValueError, match="meta_thinking.*reasoning"):
+    with pytest.raises(ValueError, match=r"meta_thinking.*reasoning"):
         role_index("a", "meta-thinking")
 
 
@@ -241,8 +241,7 @@ def test_no_bonus_for_more_or_fewer_turns():
     width = max(mask.shape[1] for mask, *_ in rows.values())
     masks, rewards, index = [], [], []
     for role, (mask, _, won, level) in rows.items():
-        mask = torch.nn.functional.pad(mask, (0, width - mask.shape[1]))
-        masks.append(mask)
+        masks.append(torch.nn.functional.pad(mask, (0, width - mask.shape[1])))
         rewards.append(outcomes((won + level).tolist(), width))
         index += [role_index(f"p{i % 4}", role) for i in range(64)]
     got, _ = call("turn_reinforce_plus_plus", torch.cat(rewards), torch.cat(masks), index)

@@ -323,7 +323,8 @@ class OneTableEngine(BaseEngine):
             lengths = micro_batch["responses"].offsets().diff().tolist()
             # The model's output stands one token to the left of the token it is about, prompt included.
             output = [
-                torch.cat([self.table[r, :n], self.table.new_zeros(1)]) for r, n in zip(micro_batch["row"], lengths)
+                torch.cat([self.table[r, :n], self.table.new_zeros(1)])
+                for r, n in zip(micro_batch["row"], lengths, strict=True)
             ]
             output = {"log_probs": torch.nested.as_nested_tensor(output, layout=torch.jagged)}
             loss, metrics = loss_function(model_output=output, data=micro_batch)

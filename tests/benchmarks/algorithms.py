@@ -197,7 +197,8 @@ def show(title: str, results: dict, targets: list[tuple[str, str, float]], conso
             ratio = results[name][quantity] / results[other][quantity]
             verdicts.append({"of": name, "to": other, "quantity": quantity, "ratio": ratio, "at_most": most})
             console.print(
-                f"  {name} / {other}, {quantity}: {ratio:.3f} (target: at most {most}) {'' if ratio <= most else 'OVER'}"
+                f"  {name} / {other}, {quantity}: {ratio:.3f} (target: at most {most})"
+                f"{'' if ratio <= most else ' OVER'}"
             )
     return verdicts
 

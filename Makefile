@@ -1,0 +1,22 @@
+PYTHON = .venv/bin/python
+
+.PHONY: setup test test-fast lint quickstart bench
+
+setup:            ## make .venv (no accelerator needed)
+	bash recipes/setup_cpu.sh
+
+test: setup       ## the whole suite, end-to-end runs included
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+	$(PYTHON) -m pytest -q --durations=15 tests
+
+test-fast: setup  ## without the end-to-end runs
+	$(PYTHON) -m pytest -q -m "not slow" tests
+
+quickstart:       ## train the tiny task
+	bash recipes/quickstart.sh
+
+bench: setup      ## loss and estimator benchmarks, printed as a table
+	$(PYTHON) tests/benchmarks/algorithms.py
+
+lint: setup
+	$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .

@@ -1,0 +1,37 @@
+# Shared by the recipes; source it from the repository's root. Defines:
+#   train NAME ARG...   python -m verl.trainer.main_ppo with the config rema_trainer, outputs under $RUNS/NAME
+# SMOKE=1 makes `train` run any recipe for two real steps on CPU: other model, size and device, the rest unchanged.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+RUNS=${RUNS:-runs}
+SMOKE=${SMOKE:-0}
+export TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
+
+# Settings for machines without an accelerator (two cores, no network).
+cpu_environment() {
+  bash recipes/setup_cpu.sh
+  export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 TQ_NUM_THREADS=2 RAY_AUTH_MODE=disabled
+}
+
+train() {
+  local name=$1; shift
+  local extra=()
+  if [ "$SMOKE" = 1 ]; then
+    name=smoke_$name
+    cpu_environment
+    python data_prep/build_smoke.py --train "$TRAIN_FILES" --val "$VAL_FILES" --out data/smoke
+    extra=(+device=cpu +size=smoke data.train_files=data/smoke/train.parquet data.val_files=data/smoke/val.parquet
+           actor_rollout_ref.model.path=data/smoke/model trainer.resume_mode=disable)
+  fi
+  local run=$RUNS/$name
+  mkdir -p "$run/metrics"
+  # one metrics file per launch: verl would overwrite it when a run resumes
+  export VERL_FILE_LOGGER_PATH=$PWD/$run/metrics/$(date +%Y%m%d-%H%M%S).jsonl
+  python -m verl.trainer.main_ppo --config-name rema_trainer \
+    hydra.run.dir="$run/hydra" \
+    trainer.project_name=rema-verl trainer.experiment_name="$name" \
+    trainer.default_local_dir="$run/checkpoints" \
+    trainer.rollout_data_dir="$run/rollouts" trainer.validation_data_dir="$run/validation" \
+    "$@" "${extra[@]}"
+}

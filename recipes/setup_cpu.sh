@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Make .venv with everything a machine without an accelerator needs: the package with its extras cpu and dev.
+# Runs again only when setup.py has changed. PYTHON=python3.12 chooses the interpreter.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${PYTHON:-python3}
+STAMP=.venv/.rema-verl-$(cksum < setup.py | cut -d' ' -f1)
+[ -e "$STAMP" ] && exit 0
+
+need() { echo "rema-verl: $1 is missing; install it and run this again (Debian: apt-get install $2)" >&2; exit 2; }
+command -v "$PYTHON" > /dev/null || need "$PYTHON" python3
+"$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
+  || { echo "rema-verl: $PYTHON is $("$PYTHON" -V 2>&1); this needs Python 3.10 to 3.12 (set PYTHON=...)" >&2; exit 2; }
+"$PYTHON" -c 'import ensurepip' 2> /dev/null || need "Python's venv module" python3-venv
+for library in libnuma.so.1 libgomp.so.1; do
+  ldconfig -p 2> /dev/null | grep -q "$library" || "$PYTHON" -c "import ctypes; ctypes.CDLL('$library')" 2> /dev/null \
+    || need "$library" "$([ $library = libnuma.so.1 ] && echo libnuma1 || echo libgomp1)"
+done
+
+echo "== installing into .venv (about 2 minutes)"
+[ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,dev]'
+.venv/bin/python - <<'PY'
+import subprocess, sys, torch
+if torch.version.cuda:
+    sys.exit("rema-verl: pip chose a CUDA build of torch; point pip at PyTorch's CPU wheels and run this again (README)")
+# PyPI's torchvision and torchaudio are linked to CUDA; beside a CPU torch they break imports, and text needs neither.
+for package in ("torchvision", "torchaudio"):
+    if subprocess.run([sys.executable, "-c", f"import {package}"], capture_output=True).returncode:
+        subprocess.run([sys.executable, "-m", "pip", "uninstall", "-q", "-y", package], check=True)
+PY
+touch "$STAMP"
