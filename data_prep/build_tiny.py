@@ -12,8 +12,8 @@ step, ``reasoning`` computes it; the last step carries ``[FINISH]`` and its answ
     meta_thinking  2*4           reasoning  3
     meta_thinking  3-2 [FINISH]  reasoning  \\boxed{1}
 
-The cold-start dialogues carry a bad habit for RL to unlearn: on long questions the planner finishes early more often
-than not, which makes the boxed answer wrong. The right behaviour is in the data, only rarer.
+The cold-start dialogues carry a bad habit for RL to unlearn: on long questions the planner finishes with the first step
+more often than not, which makes the boxed answer wrong. The right behaviour is in the data, only rarer.
 
 Written to ``--out``: ``model/`` (random weights, own tokenizer and chat template), ``sft.parquet`` (both roles' views,
 verl's SFT format), ``train.parquet`` and ``val.parquet`` (verl's RL format, no question in common), ``manifest.json``.
@@ -30,7 +30,7 @@ FINISH = "[FINISH]"
 PROMPTS = {"meta_thinking": "plan", "reasoning": "solve", "first_instruction": "{question}|{instruction}"}
 MODULUS = 5  # few enough facts to learn in two minutes
 LONG = 4  # operands of a long question; a short one has one fewer
-EARLY = {3: 0.30, 4: 0.65}  # probability, at each step but the last, that the planner finishes early
+EARLY = {3: 0.3, 4: 0.6}  # operands -> probability that the planner finishes with the very first step
 SHARE_LONG = 0.7
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -63,7 +63,7 @@ def draw_dialogue(numbers: list[int], operators: list[str], rng: random.Random) 
     """Messages m1, r1, m2, r2, ...; may finish too early."""
     messages, value = [], numbers[0]
     for i, (operator, number) in enumerate(zip(operators, numbers[1:], strict=True)):
-        last = i == len(operators) - 1 or rng.random() < EARLY[len(numbers)]
+        last = i == len(operators) - 1 or (i == 0 and rng.random() < EARLY[len(numbers)])
         step, value = f"{value}{operator}{number}", apply(value, operator, number)
         messages += [f"{step} {FINISH}", f"\\boxed{{{value}}}"] if last else [step, str(value)]
         if last:

@@ -27,7 +27,7 @@ def main() -> None:
     print(f"checkpoint         {checkpoint}")
     print(f"metrics            {args.run / 'metrics'} (verl's JSON lines, one file per launch)")
     print(
-        f"trajectories       {args.run / 'rollouts'} and {args.run / 'validation'} (both roles' rows, one file per step)"
+        f"trajectories       {args.run}/{{rollouts,validation}} (both roles, a file per step)"
     )
     print("the real recipe    python data_prep/build_math.py && bash recipes/rema_llama8b_math.sh   (8 GPUs)")
     print(
