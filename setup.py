@@ -8,7 +8,7 @@ VERL = "0.9.1"
 
 # What the package itself imports, beyond verl and what verl already brings.
 BASE = [
-    "math-verify[antlr4_9_3]==0.9.0",  # grading; antlr 4.9.3 is the runtime that verl's Hydra needs too
+    "math-verify[antlr4-9-3]==0.9.0",  # grading; antlr 4.9.3 is the runtime that verl's Hydra needs too
     "pebble>=5.1,<6",  # grading workers that can be killed
     "rich>=13",
     "wrapt>=1.16,<3",  # post-import hooks: heavy pieces register when verl imports their registry

@@ -20,7 +20,7 @@ done
 
 echo "== installing into .venv (about 2 minutes)"
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -e '.[cpu,dev]'
+.venv/bin/python -m pip install -qq --disable-pip-version-check -e '.[cpu,dev]'
 .venv/bin/python - <<'PY'
 import subprocess, sys, torch
 if torch.version.cuda:
