@@ -19,6 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rema_verl.rewards.grading import last_boxed as last_boxed
+
 EXTENSIONS = (".parquet", ".json", ".jsonl")
 
 
@@ -53,34 +55,6 @@ def positive_int(text: str) -> int:
 
 
 # --- text ----------------------------------------------------------------------------------------------------------
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Content of the last `\boxed{...}` (or `\fbox{...}`), nested braces included; None if absent, unclosed or empty.
-
-    A few MATH solutions write `\boxed 2` without braces: the content then runs to the closing `$` or the line's end.
-
-    >>> last_boxed(r"so $\boxed{1}$, no: $\boxed{\frac{1}{2}}$")
-    '\\frac{1}{2}'
-    """
-    start = None
-    for match in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text):
-        start = match.end()
-    if start is None:
-        return None
-    if text[start : start + 1] != "{":
-        return re.split(r"[$\n]", text[start:], maxsplit=1)[0].strip() or None
-    depth, position = 0, start
-    while position < len(text):
-        char = text[position]
-        if char == "\\":  # skips \{ and \}, which are printed braces, not grouping
-            position += 2
-            continue
-        depth += (char == "{") - (char == "}")
-        if depth == 0:
-            return text[start + 1 : position].strip() or None
-        position += 1
-    return None
 
 
 def normalise_question(text: str) -> str:

@@ -26,9 +26,7 @@ def main() -> None:
     print("at steps           " + ", ".join(f"{step}: {a:.1%}" for step, a in accuracy.items()))
     print(f"checkpoint         {checkpoint}")
     print(f"metrics            {args.run / 'metrics'} (verl's JSON lines, one file per launch)")
-    print(
-        f"trajectories       {args.run}/{{rollouts,validation}} (both roles, a file per step)"
-    )
+    print(f"trajectories       {args.run}/{{rollouts,validation}} (both roles, a file per step)")
     print("the real recipe    python data_prep/build_math.py && bash recipes/rema_llama8b_math.sh   (8 GPUs)")
     print(
         json.dumps(

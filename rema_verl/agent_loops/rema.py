@@ -37,7 +37,9 @@ def control_strings(tokenizer, chat_template_kwargs: dict[str, Any]) -> tuple[st
     """
     x = "\N{MIDDLE DOT}"
     chat = [{"role": "system", "content": x}, {"role": "user", "content": x}, {"role": "assistant", "content": x}]
-    frame = tokenizer.apply_chat_template(chat + chat[1:2], tokenize=False, add_generation_prompt=True)
+    frame = tokenizer.apply_chat_template(
+        chat + chat[1:2], tokenize=False, add_generation_prompt=True, **chat_template_kwargs
+    )
     found = {str(token) for token in tokenizer.get_added_vocab()} | set(_MARKER.findall(frame))
     return tuple(sorted((c for c in found if len(c) > 1 and not c.isspace()), key=len, reverse=True))
 
@@ -64,7 +66,8 @@ class ReMAAgentLoop(AgentLoopBase):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.rema = ReMAConfig.of(self.config)
-        self.control_strings = control_strings(self.tokenizer, self.apply_chat_template_kwargs)
+        controls = control_strings(self.tokenizer, self.apply_chat_template_kwargs)
+        self.control_strings = tuple(c for c in controls if c != self.rema.finish_flag)
         self.end_ids = set(self.tokenizer.all_special_ids)
 
     async def run(self, sampling_params: dict[str, Any], **kwargs) -> list[AgentLoopOutput]:

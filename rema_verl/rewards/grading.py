@@ -8,6 +8,7 @@ overruns its time is killed and replaced, and the answer gets the status ``timeo
 import atexit
 import functools
 import multiprocessing
+import re
 import resource
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
@@ -29,6 +30,34 @@ class Grade:
     status: Status
 
 
+def last_boxed(text: str) -> str | None:
+    r"""Content of the last `\boxed{...}` (or `\fbox{...}`), nested braces included; None if absent, unclosed or empty.
+
+    A few MATH solutions write `\boxed 2` without braces: the content then runs to the closing `$` or the line's end.
+
+    >>> last_boxed(r"so $\boxed{1}$, no: $\boxed{\frac{1}{2}}$")
+    '\\frac{1}{2}'
+    """
+    start = None
+    for match in re.finditer(r"\\(?:boxed|fbox)(?![A-Za-z])\s*", text):
+        start = match.end()
+    if start is None:
+        return None
+    if text[start : start + 1] != "{":
+        return re.split(r"[$\n]", text[start:], maxsplit=1)[0].strip() or None
+    depth, position = 0, start
+    while position < len(text):
+        char = text[position]
+        if char == "\\":  # skips \{ and \}, which are printed braces, not grouping
+            position += 2
+            continue
+        depth += (char == "{") - (char == "}")
+        if depth == 0:
+            return text[start + 1 : position].strip() or None
+        position += 1
+    return None
+
+
 def _init_worker() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (WORKER_MEMORY, WORKER_MEMORY))
 
@@ -38,7 +67,9 @@ def _grade_here(response: str, truth: str) -> Grade:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     config = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
-    answer = parse(response[-MAX_CHARS:], extraction_config=config, parsing_timeout=None)
+    response = response[-MAX_CHARS:]
+    boxed = last_boxed(response)  # math-verify would take any of several boxes for the answer
+    answer = parse(response if boxed is None else f"\\boxed{{{boxed}}}", extraction_config=config, parsing_timeout=None)
     if not answer:
         return Grade(False, "no_answer")
     gold = parse(f"\\boxed{{{truth}}}", extraction_config=config, parsing_timeout=None)

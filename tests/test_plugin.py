@@ -1,0 +1,94 @@
+"""Every name resolves in verl's own registries, the import stays light, and failure is loud."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+NAMES = [
+    ("verl.experimental.agent_loop.agent_loop", "m._agent_loop_registry['rema']['_target_']"),
+    ("verl.trainer.ppo.core_algos", "m.get_policy_loss_fn('turn_clip').__name__"),
+    ("verl.trainer.ppo.core_algos", "m.get_adv_estimator_fn('softrankpo').__name__"),
+    ("verl.trainer.ppo.core_algos", "m.get_adv_estimator_fn('role_grpo').__name__"),
+    ("verl.trainer.ppo.core_algos", "m.get_adv_estimator_fn('turn_reinforce_plus_plus').__name__"),
+    ("verl.experimental.reward_loop.reward_manager.registry", "m.get_reward_manager_cls('rema').__name__"),
+    ("verl.trainer.ppo.v1.trainer_base", "m.get_trainer_cls('rema').__name__"),
+    ("verl.plugin.platform", "m.get_platform().device_name"),
+    ("verl.workers.rollout.replica", "m.RolloutReplicaRegistry._registry['vllm'].__module__"),
+]
+
+
+def python(code: str, cwd, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, env=os.environ | environment, check=False
+    )
+
+
+@pytest.mark.parametrize("module", sorted({module for module, _ in NAMES}))
+def test_names_resolve_after_a_bare_import(tmp_path, module):
+    lookups = "; ".join(f"print({lookup})" for where, lookup in NAMES if where == module)
+    result = python(f"import verl, importlib; m = importlib.import_module('{module}'); {lookups}", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.split()) >= sum(where == module for where, _ in NAMES)
+
+
+def test_bare_import_loads_nothing_heavy_of_ours(tmp_path):
+    """vLLM's workers import verl too: agent loop, trainer and rewards must wait until verl asks for them."""
+    code = "import verl, sys; print([m for m in sys.modules if m.startswith('rema_verl')])"
+    modules = eval_list(python(code, tmp_path).stdout)
+    assert set(modules) == {"rema_verl", "rema_verl.plugin", "rema_verl.compat", "rema_verl.platforms"} | {
+        "rema_verl.platforms.cpu"
+    }
+
+
+def eval_list(text: str) -> list[str]:
+    import ast
+
+    return ast.literal_eval(text.strip().splitlines()[-1])
+
+
+def test_cpu_is_chosen_by_itself_and_overridable(tmp_path):
+    code = "import verl; from verl.plugin.platform import get_platform; print(get_platform().device_name)"
+    environment = {k: v for k, v in os.environ.items() if k != "VERL_PLATFORM"}
+    run = {"capture_output": True, "text": True, "cwd": tmp_path, "check": False}
+    chosen = subprocess.run([sys.executable, "-c", code], env=environment, **run)
+    assert chosen.stdout.split()[-1] == "cpu", chosen.stderr
+    forced = subprocess.run([sys.executable, "-c", code], env={**environment, "VERL_PLATFORM": "nvidia"}, **run)
+    assert forced.returncode == 0 and forced.stdout.split()[-1] == "cuda", forced.stderr
+
+
+def fake_distribution(folder, name: str, version: str) -> None:
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+def test_untested_verl_is_refused_in_one_line(tmp_path):
+    fake_distribution(tmp_path, "verl", "0.10.0")
+    result = python("import verl; print('went on')", tmp_path, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 2 and "went on" not in result.stdout
+    lines = [line for line in result.stderr.splitlines() if line.startswith("rema-verl: error:")]
+    assert len(lines) == 1
+    assert "0.10.0" in lines[0] and "0.9.1" in lines[0] and "REMA_VERL_ALLOW_UNTESTED=1" in lines[0]
+
+
+def test_untested_verl_can_be_allowed(tmp_path):
+    fake_distribution(tmp_path, "verl", "0.10.0")
+    code = "import verl; print('went on')"
+    result = python(code, tmp_path, PYTHONPATH=str(tmp_path), REMA_VERL_ALLOW_UNTESTED="1")
+    assert result.returncode == 0 and "went on" in result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("broken", ["wrapt", "pebble"])
+def test_broken_plug_in_is_impossible_to_miss(tmp_path, broken):
+    """verl logs a plug-in's exception at DEBUG and goes on; ours ends the process."""
+    if broken == "wrapt":  # at import of the plug-in
+        (tmp_path / "wrapt.py").write_text("raise ImportError('broken on purpose')")
+        code = "import verl; print('went on')"
+    else:  # later, when verl imports the registry
+        (tmp_path / "pebble.py").write_text("raise ImportError('broken on purpose')")
+        code = "import verl; import verl.experimental.reward_loop.reward_manager; print('went on')"
+    result = python(code, tmp_path, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 2 and "went on" not in result.stdout
+    assert "rema-verl: error:" in result.stderr and "broken on purpose" in result.stderr
