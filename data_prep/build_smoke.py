@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     rng = random.Random(args.seed)
     chats = dialogues(splits["train"], rng, count=64)
     tokenizer = build_tokenizer(["\n".join(m["content"] for m in chat) for chat in chats], vocabulary=1024)
-    model = build_model(tokenizer, args.out / "model", args.seed, hidden=128, layers=2)
+    model = build_model(tokenizer, args.out / "model", args.seed, hidden=128, layers=2, tie=True)
     loss = fit(model, tokenizer, chats, args.steps, batch=8, rng=rng)
     model.save_pretrained(args.out / "model")
     tables = {f"{name}.parquet": pa.Table.from_pylist(rows) for name, rows in splits.items()}

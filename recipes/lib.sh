@@ -4,7 +4,7 @@
 
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-RUNS=${RUNS:-runs}
+RUNS=$(realpath -m "${RUNS:-runs}")
 SMOKE=${SMOKE:-0}
 export TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 
@@ -20,14 +20,15 @@ train() {
   if [ "$SMOKE" = 1 ]; then
     name=smoke_$name
     cpu_environment
-    python data_prep/build_smoke.py --train "$TRAIN_FILES" --val "$VAL_FILES" --out data/smoke
-    extra=(+device=cpu +size=smoke data.train_files=data/smoke/train.parquet data.val_files=data/smoke/val.parquet
-           actor_rollout_ref.model.path=data/smoke/model trainer.resume_mode=disable)
+    local inputs=$RUNS/$name/inputs
+    python data_prep/build_smoke.py --train "$TRAIN_FILES" --val "$VAL_FILES" --out "$inputs"
+    extra=(+device=cpu +size=smoke data.train_files="$inputs/train.parquet" data.val_files="$inputs/val.parquet"
+           actor_rollout_ref.model.path="$inputs/model" trainer.resume_mode=disable)
   fi
   local run=$RUNS/$name
   mkdir -p "$run/metrics"
   # one metrics file per launch: verl would overwrite it when a run resumes
-  export VERL_FILE_LOGGER_PATH=$PWD/$run/metrics/$(date +%Y%m%d-%H%M%S).jsonl
+  export VERL_FILE_LOGGER_PATH=$run/metrics/$(date +%Y%m%d-%H%M%S).jsonl
   python -m verl.trainer.main_ppo --config-name rema_trainer \
     hydra.run.dir="$run/hydra" \
     trainer.project_name=rema-verl trainer.experiment_name="$name" \

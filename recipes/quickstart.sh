@@ -14,9 +14,9 @@ cpu_environment
 SEED=${SEED:-0}
 SFT_STEPS=${SFT_STEPS:-350}
 STEPS=${STEPS:-20}
-DATA=data/tiny_seed$SEED
 RUN=$RUNS/quickstart_seed$SEED
-[ "${FRESH:-0}" = 1 ] && rm -rf "$DATA" "$RUN"
+DATA=$RUN/data
+[ "${FRESH:-0}" = 1 ] && rm -rf "$RUN"
 mkdir -p "$RUN"
 
 echo "== 1/4 task and model (synthetic)"
@@ -61,8 +61,8 @@ fi
 echo "== 3/4 ReMA (verl's main_ppo, real vLLM)"
 if [ ! -e "$RUN/done" ]; then
   export -f train cpu_environment
-  export RUNS SMOKE TRAIN_FILES=$DATA/train.parquet VAL_FILES=$DATA/val.parquet
-  SMOKE=0 python recipes/watch.py --title "RL" --log "$RUN/train.log" --metrics "$RUN/metrics" --steps "$STEPS" -- \
+  export RUNS SMOKE=0
+  python recipes/watch.py --title "RL" --log "$RUN/train.log" --metrics "$RUN/metrics" --steps "$STEPS" -- \
     bash -c 'set -euo pipefail; train "$@"' train "quickstart_seed$SEED" \
     +device=cpu \
     data.train_files="$DATA/train.parquet" \

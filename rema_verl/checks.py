@@ -132,6 +132,7 @@ def files_of(config: DictConfig, key: str) -> list[str]:
 
 def check_rows(path: str, key: str, prompt_key: str) -> None:
     """Every row has a question and a ground truth."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not path.endswith(".parquet"):
@@ -151,7 +152,7 @@ def check_rows(path: str, key: str, prompt_key: str) -> None:
                     raise ConfigError(f"{key}: {path}: row {number}: '{prompt_key}' has no question (user message)")
                 if str((row["reward_model"] or {}).get("ground_truth") or "").strip() == "":
                     raise ConfigError(f"{key}: {path}: row {number}: 'reward_model' has no ground_truth")
-    except (OSError, ArithmeticError) as e:
+    except (OSError, pa.ArrowException) as e:
         raise ConfigError(f"{key}: {path}: not a readable parquet file ({str(e).splitlines()[0][:120]})") from None
 
 

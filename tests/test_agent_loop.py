@@ -1,6 +1,6 @@
 """Agent loop `rema`: the ids that were sampled are the ids that are trained, whatever the text is.
 
-The LLM client is a fake that plays scripted messages; tokenizers, templates and verl's Continuous Token builder are real.
+The LLM client is a fake that plays scripted messages; tokenizers, templates and verl's token builder are real.
 """
 
 import asyncio

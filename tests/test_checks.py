@@ -1,0 +1,146 @@
+"""A user's mistakes: one line that names the file, row or key, exit code 2, before anything is started."""
+
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_tokenizer
+from hydra import compose, initialize_config_module
+
+from rema_verl import checks
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A good data file and a good tokenizer folder."""
+    folder = tmp_path_factory.mktemp("checks")
+    rows = [
+        {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}, "data_source": "s"}
+    ]
+    pq.write_table(pa.Table.from_pylist(rows * 3), folder / "good.parquet")
+    make_tokenizer("llama3").save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.fixture
+def config(files):
+    """config(*overrides) -> a whole verl configuration."""
+
+    def make(*overrides):
+        with initialize_config_module("rema_verl.config", version_base=None):
+            return compose(
+                "rema_trainer",
+                [
+                    "hydra.searchpath=[pkg://verl.trainer.config]",
+                    "+device=cpu",
+                    f"data.train_files={files}/good.parquet",
+                    f"data.val_files={files}/good.parquet",
+                    f"actor_rollout_ref.model.path={files}/model",
+                    "data.train_batch_size=4",
+                    "actor_rollout_ref.actor.ppo_mini_batch_size=4",
+                    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=8",
+                    "actor_rollout_ref.rollout.n=2",
+                    *overrides,
+                ],
+            )
+
+    return make
+
+
+def test_a_good_configuration_passes(config):
+    checks.check(config())
+
+
+def test_runs_that_use_nothing_of_ours_are_left_alone(config):
+    checks.check(
+        config(
+            "data.train_files=/nowhere.parquet",
+            "trainer.v1.trainer_mode=sync",
+            "actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent",
+            "reward.reward_manager.name=naive",
+        )
+    )
+
+
+BAD = {
+    "missing file": ("data.train_files=/nowhere/x.parquet", "data.train_files: /nowhere/x.parquet: no such file"),
+    "missing validation file": ("data.val_files=/nowhere/x.parquet", "data.val_files: /nowhere/x.parquet"),
+    "max_turns": ("rema.max_turns=0", "rema.max_turns must be at least 1, got 0"),
+    "finish flag": ("rema.finish_flag=''", "rema.finish_flag"),
+    "three roles": ("+rema.roles.critic={}", "rema.roles must be exactly meta_thinking and reasoning"),
+    "one role": ("~rema.roles.reasoning", "rema.roles must be exactly meta_thinking and reasoning"),
+    "option of a role": ("+rema.roles.reasoning.lr=1", "rema.roles.reasoning.lr is not an option"),
+    "unknown option": ("+rema.max_turn=3", "rema.max_turn is not an option; known:"),
+    "unknown prompt": ("+rema.prompts.critic=x", "rema.prompts.critic is not an option"),
+    "estimator": ("algorithm.adv_estimator=role_grop", "algorithm.adv_estimator=role_grop is not a registered name"),
+    "loss": ("actor_rollout_ref.actor.policy_loss.loss_mode=turnclip", "policy_loss.loss_mode=turnclip is not"),
+    "reward": ("reward.reward_manager.name=remma", "reward.reward_manager.name=remma is not a registered name"),
+    "agent loop": ("actor_rollout_ref.rollout.agent.default_agent_loop=rma", "default_agent_loop=rma is not"),
+    "trainer mode": ("trainer.v1.trainer_mode=remax", "trainer.v1.trainer_mode=remax is not a registered name"),
+    "grpo": ("algorithm.adv_estimator=grpo", "use role_grpo"),
+    "other loop": ("actor_rollout_ref.rollout.agent.default_agent_loop=single_turn_agent", "needs"),
+    "mini-batch": ("actor_rollout_ref.actor.ppo_mini_batch_size=3", "data.train_batch_size=4 is not a multiple"),
+    "micro-batch": ("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=5", "ppo_micro_batch_size_per_gpu=5"),
+    "no model": ("actor_rollout_ref.model.path=/nowhere/model", "actor_rollout_ref.model.path=/nowhere/model"),
+    "gated model": ("actor_rollout_ref.model.path=some-lab/Gated-8B", "some-lab/Gated-8B: cannot load the tokenizer"),
+    "prompt budget": ("data.max_prompt_length=20", "data.max_prompt_length=20 is smaller than meta_thinking's opening"),
+    "turn budget": ("data.max_response_length=0", "data.max_response_length=0 leaves no token"),
+    "model length": ("actor_rollout_ref.rollout.max_model_len=100", "max_model_len=100 is less than"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_configuration(config, capsys, case):
+    override, message = BAD[case]
+    with pytest.raises(SystemExit) as exit_info:
+        checks.check_or_exit(config(override))
+    assert exit_info.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("rema-verl: error: ") and message in lines[0], lines
+
+
+GOOD_ROW = {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}}
+BAD_ROWS = {
+    "no rows": ([], "the file has no rows"),
+    "no question": ([GOOD_ROW, {**GOOD_ROW, "prompt": [{"role": "user", "content": " "}]}], "row 2: 'prompt' has no"),
+    "only a system message": ([{**GOOD_ROW, "prompt": [{"role": "system", "content": "x"}]}], "row 1: 'prompt' has no"),
+    "no truth": ([GOOD_ROW, GOOD_ROW, {**GOOD_ROW, "reward_model": {"ground_truth": ""}}], "row 3: 'reward_model'"),
+    "no column": ([{"prompt": GOOD_ROW["prompt"]}], "no column 'reward_model'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows(config, tmp_path, case):
+    rows, message = BAD_ROWS[case]
+    schema = pa.Table.from_pylist([GOOD_ROW]).schema if not rows else None
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "bad.parquet")
+    with pytest.raises(ValueError, match="data.train_files: ") as error:
+        checks.check(config(f"data.train_files={tmp_path}/bad.parquet"))
+    assert message in str(error.value) and "bad.parquet" in str(error.value)
+
+
+def test_empty_file(config, tmp_path):
+    (tmp_path / "empty.parquet").touch()
+    with pytest.raises(ValueError, match=r"empty.parquet: not a readable parquet file"):
+        checks.check(config(f"data.val_files={tmp_path}/empty.parquet"))
+
+
+@pytest.mark.parametrize("missing", ["chat_template", "eos_token"])
+def test_unusable_tokenizer(config, tmp_path, missing):
+    tokenizer = make_tokenizer("llama3")
+    setattr(tokenizer, missing, None)
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="no chat template" if missing == "chat_template" else "no eos token"):
+        checks.check(config(f"actor_rollout_ref.model.path={tmp_path}/model"))
+
+
+def test_stock_entry_point_exits_2_with_one_line(tmp_path):
+    command = "-m verl.trainer.main_ppo --config-name rema_trainer +device=cpu rema.max_turns=0"
+    result = subprocess.run([sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert [line for line in result.stderr.splitlines() if "error" in line] == [
+        "rema-verl: error: rema.max_turns must be at least 1, got 0"
+    ]
+    assert "Traceback" not in result.stderr
