@@ -78,7 +78,8 @@ if [ ! -e "$RUN/done" ]; then
     actor_rollout_ref.model.path="$COLD_START" \
     actor_rollout_ref.actor.ppo_mini_batch_size=16 \
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64 \
-    actor_rollout_ref.actor.optim.lr=3e-4 \
+    actor_rollout_ref.actor.optim.lr=2e-4 \
+    actor_rollout_ref.actor.optim.lr_scheduler_type=cosine \
     actor_rollout_ref.actor.optim.weight_decay=0.0 \
     actor_rollout_ref.rollout.n=8 \
     actor_rollout_ref.rollout.seed="$SEED" \

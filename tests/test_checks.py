@@ -116,7 +116,7 @@ def test_bad_rows(config, tmp_path, case):
     rows, message = BAD_ROWS[case]
     schema = pa.Table.from_pylist([GOOD_ROW]).schema if not rows else None
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "bad.parquet")
-    with pytest.raises(ValueError, match="data.train_files: ") as error:
+    with pytest.raises(ValueError, match=r"data\.train_files: ") as error:
         checks.check(config(f"data.train_files={tmp_path}/bad.parquet"))
     assert message in str(error.value) and "bad.parquet" in str(error.value)
 

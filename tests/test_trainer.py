@@ -1,0 +1,98 @@
+"""Trainer mode `rema`, piece by piece: rewards per role, mini-batches in rows, verl's checkpoint pointer."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from rema_verl.trainers import rema
+from rema_verl.trainers.rema import ReMATrainer, _read_tracker, _root_cause, _token_rewards, _write_tracker
+
+
+def bare_trainer(**config) -> ReMATrainer:
+    """A trainer without workers, for methods that need only its configuration."""
+    trainer = ReMATrainer.__new__(ReMATrainer)
+    trainer.config = OmegaConf.create(config)
+    return trainer
+
+
+def test_turn_rewards_stand_on_the_last_token_of_their_turn():
+    rewards = _token_rewards(torch.ones(8), [(0, 3), (5, 7)], [0.5, 1.0])
+    assert rewards.tolist() == [0, 0, 0.5, 0, 0, 0, 1.0, 0]
+
+
+def test_a_reward_for_a_turn_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="zip"):
+        _token_rewards(torch.zeros(4), [(0, 2)], [1.0, 1.0])
+
+
+@pytest.mark.parametrize("mini_batch", [32, 64, 128])
+def test_mini_batches_are_counted_in_rows(monkeypatch, mini_batch):
+    """128 prompts x 16 trajectories x 2 rows, and a configuration that says k updates makes k (trap T10)."""
+    trainer = bare_trainer(
+        actor_rollout_ref={"actor": {"ppo_mini_batch_size": mini_batch}, "rollout": {"n": 16}},
+        trainer={"critic_warmup": 0},
+    )
+    trainer.global_steps, trainer.use_critic = 1, False
+    rows_per_step = 128 * 16 * 2
+    rows_per_update = trainer._get_required_batch_multiple(dp_size=8)
+    assert rows_per_step // rows_per_update == 128 // mini_batch
+    assert trainer.config.actor_rollout_ref.actor.ppo_mini_batch_size == mini_batch  # put back
+
+
+def test_mode_is_synchronous_whatever_its_name():
+    trainer = bare_trainer()
+    trainer.trainer_mode = "rema"
+    assert trainer.trainer_mode == "sync"
+
+
+def test_tracker_is_repaired_after_a_kill_while_it_was_written(tmp_path, monkeypatch):
+    for step in (3, 7):
+        (tmp_path / f"global_step_{step}").mkdir()
+        (tmp_path / f"global_step_{step}" / "data.pt").touch()
+    (tmp_path / "global_step_9").mkdir()  # incomplete: no data.pt
+    (tmp_path / rema.TRACKER).write_text("")
+    trainer = bare_trainer(trainer={"default_local_dir": str(tmp_path), "resume_mode": "auto"})
+    monkeypatch.setattr(rema.PPOTrainerSync, "_load_checkpoint", lambda self: None)
+    trainer._load_checkpoint()
+    assert _read_tracker(tmp_path) == 7
+
+
+def test_failed_save_keeps_the_previous_checkpoint_and_says_why(tmp_path, monkeypatch):
+    _write_tracker(tmp_path, 4)
+
+    def fail(self):
+        (tmp_path / "global_step_5" / "actor").mkdir(parents=True)
+        (tmp_path / rema.TRACKER).write_text("")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rema.PPOTrainerSync, "_save_checkpoint", fail)
+    trainer = bare_trainer(trainer={"default_local_dir": str(tmp_path)})
+    trainer.global_steps = 5
+    with pytest.raises(RuntimeError, match="No space left on device.*go on from step 4"):
+        trainer._save_checkpoint()
+    assert _read_tracker(tmp_path) == 4 and not (tmp_path / "global_step_5").exists()
+
+
+def test_no_tracker_is_no_checkpoint(tmp_path):
+    assert _read_tracker(tmp_path) is None
+    _write_tracker(tmp_path, None)
+    assert "no checkpoint yet" in bare_trainer(trainer={"default_local_dir": str(tmp_path)}).resume_hint()
+
+
+def test_root_cause_is_one_line():
+    try:
+        try:
+            raise OSError(28, "No space left on device")
+        except OSError as e:
+            raise RuntimeError("long\ntraceback") from e
+    except RuntimeError as e:
+        assert _root_cause(e) == "OSError: [Errno 28] No space left on device"
+
+
+def test_padding_rows_have_no_role():
+    trainer = bare_trainer()
+    trainer.rows = {"a": {"role": "reasoning"}}
+    batch = SimpleNamespace(keys=["a", "a"], tags=[{}, {"is_padding": True}])
+    assert [trainer._role(batch, i) for i in range(2)] == ["reasoning", None]
