@@ -22,8 +22,10 @@ train() {
     cpu_environment
     local inputs=$RUNS/$name/inputs
     python data_prep/build_smoke.py --train "$TRAIN_FILES" --val "$VAL_FILES" --out "$inputs"
-    extra=(+device=cpu +size=smoke data.train_files="$inputs/train.parquet" data.val_files="$inputs/val.parquet"
-           actor_rollout_ref.model.path="$inputs/model" trainer.resume_mode=disable)
+    # last on the command line, so that they outrank what the recipe sets there
+    mapfile -t extra < <(python recipes/overrides.py rema_verl/config/device/cpu.yaml rema_verl/config/size/smoke.yaml)
+    extra+=(data.train_files="$inputs/train.parquet" data.val_files="$inputs/val.parquet"
+            actor_rollout_ref.model.path="$inputs/model" trainer.resume_mode=disable)
   fi
   local run=$RUNS/$name
   mkdir -p "$run/metrics"

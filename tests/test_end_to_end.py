@@ -142,7 +142,7 @@ def smoke(shared_data, tmp_path_factory):
         SMOKE=1,
         **build_math(shared_data, runs / "math"),
     )
-    assert command.wait(400) == 0, command.text()[-3000:]
+    assert command.wait(240) == 0, command.text()[-3000:]
     return runs / "smoke_rema_llama8b_math"
 
 

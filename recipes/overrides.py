@@ -1,0 +1,25 @@
+"""Print configuration files as Hydra command-line overrides, one per line: ``python recipes/overrides.py FILE...``
+
+SMOKE=1 needs them in this form: what a recipe sets on the command line outranks any configuration file.
+"""
+
+import sys
+
+from omegaconf import DictConfig, OmegaConf
+
+
+def leaves(node: DictConfig, prefix: str = ""):
+    """(dotted key, value as Hydra writes it) for every leaf; interpolations stay interpolations."""
+    for key in node:
+        raw = node._get_node(key)
+        if isinstance(raw, DictConfig):
+            yield from leaves(raw, f"{prefix}{key}.")
+        else:
+            value = raw._value() if not OmegaConf.is_list(raw) else list(raw)
+            yield f"{prefix}{key}", "null" if value is None else str(value).replace("True", "true").replace("False", "false")
+
+
+if __name__ == "__main__":
+    for file in sys.argv[1:]:
+        for key, value in leaves(OmegaConf.load(file)):
+            print(f"++{key}={value}")
