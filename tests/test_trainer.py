@@ -70,7 +70,7 @@ def test_failed_save_keeps_the_previous_checkpoint_and_says_why(tmp_path, monkey
     monkeypatch.setattr(rema.PPOTrainerSync, "_save_checkpoint", fail)
     trainer = bare_trainer(trainer={"default_local_dir": str(tmp_path)})
     trainer.global_steps = 5
-    with pytest.raises(RuntimeError, match="No space left on device.*go on from step 4"):
+    with pytest.raises(RuntimeError, match=r"MiB were free.*No space left on device.*go on from step 4"):
         trainer._save_checkpoint()
     assert _read_tracker(tmp_path) == 4 and not (tmp_path / "global_step_5").exists()
 

@@ -200,11 +200,14 @@ class ReMATrainer(PPOTrainerSync):
         try:
             super()._save_checkpoint()
         except Exception as e:
-            # Free the half-written step, then repair verl's pointer, which the failed write may have emptied.
+            # torch does not say "disk full" when it is. Free the half-written step, then repair verl's pointer, which the
+            # failed write may have emptied.
+            free = shutil.disk_usage(root).free / 2**20
             shutil.rmtree(root / f"global_step_{self.global_steps}", ignore_errors=True)
             _write_tracker(root, previous)
             raise RuntimeError(
-                f"rema-verl: error: could not save the checkpoint of step {self.global_steps}: {_root_cause(e)}; "
+                f"rema-verl: error: could not save the checkpoint of step {self.global_steps} "
+                f"({free:.1f} MiB were free on that disk): {_root_cause(e)}; "
                 f"{self.resume_hint()}"
             ) from None
 
