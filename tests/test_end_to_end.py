@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import REPO, Command
@@ -163,8 +165,6 @@ def test_smoke_writes_both_roles_rows_of_real_questions(smoke, shared_data):
     rows = [json.loads(line) for line in (smoke / "rollouts" / "1.jsonl").read_text().splitlines()]
     assert len(rows) == 4 * 4 * 2 and {row["role"] for row in rows} == set(ROLES)
     assert len({row["score"] for row in rows}) > 1  # some right, some wrong
-    import pyarrow.parquet as pq
-
     questions = pq.read_table(shared_data / "math_train_l3to5_8523.parquet", columns=["question"])[
         "question"
     ].to_pylist()
@@ -192,10 +192,14 @@ def test_recipe_without_data_says_so(tmp_path):
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A random model and the tiny task: enough to train on and to break."""
+    """A random model and the tiny task, every fourth question too long: enough to train on and to break."""
     out = tmp_path_factory.mktemp("tiny")
     small = ["--sft", "100", "--val", "4", "--train", "64", "--hidden", "64", "--layers", "1"]
     subprocess.run([sys.executable, "data_prep/build_tiny.py", "--out", out, *small], cwd=REPO, check=True)
+    rows = pq.read_table(out / "train.parquet").to_pylist()
+    for row in rows[::4]:
+        row["prompt"][0]["content"] = "1+" * 200 + "1"
+    pq.write_table(pa.Table.from_pylist(rows), out / "train.parquet")
     return out
 
 
@@ -245,7 +249,10 @@ def check_clean_end(command: Command, checkpoints: Path, what: str) -> str:
 def test_killed_process_ends_the_run(start, tiny, tmp_path, victim, name):
     checkpoints = tmp_path / "checkpoints"
     command = start_training(start, tiny, tmp_path, checkpoints)
-    wait_until(lambda: last_checkpoint(checkpoints) >= 2, command, 240, "checkpoint")
+    wait_until(lambda: last_checkpoint(checkpoints) >= 6, command, 240, "checkpoint")
+    metrics = read_metrics(tmp_path / "broken" / "metrics").values()
+    assert sum(m["rollout/skipped_trajectories"] for m in metrics) > 0  # the long questions: skipped, counted, no harm
+    assert sum(m["rollout/failed_trajectories"] for m in metrics) == 0
     victims = processes_of(command, victim)
     assert victims
     for process in victims:
