@@ -16,7 +16,10 @@ def leaves(node: DictConfig, prefix: str = ""):
             yield from leaves(raw, f"{prefix}{key}.")
         else:
             value = raw._value() if not OmegaConf.is_list(raw) else list(raw)
-            yield f"{prefix}{key}", "null" if value is None else str(value).replace("True", "true").replace("False", "false")
+            yield (
+                f"{prefix}{key}",
+                "null" if value is None else str(value).replace("True", "true").replace("False", "false"),
+            )
 
 
 if __name__ == "__main__":

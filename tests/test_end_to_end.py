@@ -21,7 +21,7 @@ sys.path.insert(0, str(REPO / "recipes"))
 from watch import read_metrics, val_accuracy
 
 pytestmark = pytest.mark.slow
-SYNC_TOLERANCE = 1e-4  # probability; float32 on CPU is near 1e-6, stale or garbled weights are above 0.1
+SYNC_TOLERANCE = 1e-3  # probability; float32 on CPU stays below 1e-4, stale or garbled weights are above 0.1
 
 
 def wait_until(condition, command: Command, timeout: float, what: str) -> None:

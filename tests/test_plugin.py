@@ -92,3 +92,13 @@ def test_broken_plug_in_is_impossible_to_miss(tmp_path, broken):
     result = python(code, tmp_path, PYTHONPATH=str(tmp_path))
     assert result.returncode == 2 and "went on" not in result.stdout
     assert "rema-verl: error:" in result.stderr and "broken on purpose" in result.stderr
+
+
+def test_cpu_is_not_taken_beside_an_accelerator(monkeypatch, tmp_path):
+    """verl's own check needs nvidia-smi, which a container may lack: a GPU machine must not end up on CPU."""
+    from rema_verl.platforms import cpu
+
+    assert cpu.PlatformCPU().is_platform_available()
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(cpu, "ACCELERATOR_FILES", (f"{tmp_path}/nvidia[0-9]*",))
+    assert not cpu.PlatformCPU().is_platform_available()

@@ -7,6 +7,7 @@ says it is available, so this one, registered last, is taken only where no other
 """
 
 import contextlib
+import glob
 import os
 import resource
 import types
@@ -15,6 +16,8 @@ from typing import Any
 import psutil
 import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry, get_platform
+
+ACCELERATOR_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/davinci[0-9]*")  # NVIDIA, AMD, Ascend
 
 
 def _rss() -> int:
@@ -69,7 +72,13 @@ class PlatformCPU(PlatformBase):
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        return True
+        """Whether this machine has no accelerator.
+
+        A Ray actor that was given no GPU does not see the machine's GPUs through torch, and a container may lack
+        nvidia-smi, so this looks at the drivers' device files too.
+        """
+        visible = torch.cuda.is_available() or (hasattr(torch, "npu") and torch.npu.is_available())
+        return not visible and not any(glob.glob(pattern) for pattern in ACCELERATOR_FILES)
 
     def current_device(self) -> str:
         # Not an index: verl calls tensor.to(get_device_id()), and torch reads an int as "that accelerator".
