@@ -43,7 +43,7 @@ setup(
         "cpu": CPU,
         "vllm": [f"verl[vllm]=={VERL}", "TransferQueue==0.1.11"],
         "flash-attn": [f"verl[flash-attn-cu130torch211]=={VERL}"],
-        "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.6"],
+        "dev": ["pytest>=8,<10", "hypothesis>=6,<7", "ruff==0.17.5"],
     },
     entry_points={"verl.plugins": ["rema_verl = rema_verl.plugin"]},
 )

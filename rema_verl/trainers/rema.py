@@ -200,8 +200,8 @@ class ReMATrainer(PPOTrainerSync):
         try:
             super()._save_checkpoint()
         except Exception as e:
-            # torch does not say "disk full" when it is. Free the half-written step, then repair verl's pointer, which the
-            # failed write may have emptied.
+            # torch does not say "disk full" when it is. Free the half-written step, then repair verl's pointer, which
+            # the failed write may have emptied.
             free = shutil.disk_usage(root).free / 2**20
             shutil.rmtree(root / f"global_step_{self.global_steps}", ignore_errors=True)
             _write_tracker(root, previous)
