@@ -13,14 +13,12 @@ command -v "$PYTHON" > /dev/null || need "$PYTHON" python3
 "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
   || { echo "rema-verl: $PYTHON is $("$PYTHON" -V 2>&1); this needs Python 3.10 to 3.12 (set PYTHON=...)" >&2; exit 2; }
 "$PYTHON" -c 'import ensurepip' 2> /dev/null || need "Python's venv module" python3-venv
-for library in libnuma.so.1 libgomp.so.1; do
-  ldconfig -p 2> /dev/null | grep -q "$library" || "$PYTHON" -c "import ctypes; ctypes.CDLL('$library')" 2> /dev/null \
-    || need "$library" "$([ $library = libnuma.so.1 ] && echo libnuma1 || echo libgomp1)"
-done
+"$PYTHON" -c "import ctypes; ctypes.CDLL('libnuma.so.1')" 2> /dev/null || need "libnuma (vLLM's CPU build is linked to it)" libnuma1
 
 echo "== installing into .venv (about 2 minutes)"
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
-.venv/bin/python -m pip install -qq --disable-pip-version-check -e '.[cpu,dev]'
+.venv/bin/python -m pip install --disable-pip-version-check -e '.[cpu,dev]' \
+  | awk '/^(Collecting|Building|Installing)/ { print "   " substr($0, 1, 100); fflush() }'
 .venv/bin/python - <<'PY'
 import subprocess, sys, torch
 if torch.version.cuda:
