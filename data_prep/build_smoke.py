@@ -19,7 +19,7 @@ def shortest_rows(path: Path, count: int) -> list[dict]:
     """The ``count`` rows of a verl RL file with the shortest questions, in file order."""
     rows = [row for file in source_files(path) for _, row in read_rows(file)]
     for number, row in enumerate(rows, start=1):
-        if not row.get("prompt") or not (row.get("reward_model") or {}).get("ground_truth"):
+        if not row.get("prompt") or (row.get("reward_model") or {}).get("ground_truth") in (None, ""):
             raise UserError(f"{path}: row {number}: needs 'prompt' and 'reward_model.ground_truth' (verl's RL format)")
     ranked = sorted(range(len(rows)), key=lambda i: (len(str(rows[i]["prompt"])), i))
     return [rows[i] for i in sorted(ranked[:count])]

@@ -11,7 +11,16 @@ export TOKENIZERS_PARALLELISM=false RAY_USAGE_STATS_ENABLED=0
 # Settings for machines without an accelerator (two cores, no network).
 cpu_environment() {
   bash recipes/setup_cpu.sh
-  export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 TQ_NUM_THREADS=2 RAY_AUTH_MODE=disabled
+  export PATH="$PWD/.venv/bin:$PATH" VERL_PLATFORM=cpu HF_HUB_OFFLINE=1 RAY_AUTH_MODE=disabled
+  export OMP_NUM_THREADS=2 TQ_NUM_THREADS=2
+}
+
+# Two runs in one folder would write over each other's checkpoints. The lock lasts as long as any of the run's processes.
+only_one_run_in() {
+  [ "${LOCKED:-}" = "$1" ] && return
+  exec 9> "$1/.lock"
+  flock -n 9 || { echo "rema-verl: error: $1: another run is still writing here" >&2; exit 2; }
+  export LOCKED=$1
 }
 
 train() {
@@ -29,6 +38,7 @@ train() {
   fi
   local run=$RUNS/$name
   mkdir -p "$run/metrics"
+  only_one_run_in "$run"
   # one metrics file per launch: verl would overwrite it when a run resumes
   export VERL_FILE_LOGGER_PATH=$run/metrics/$(date +%Y%m%d-%H%M%S).jsonl
   python -m verl.trainer.main_ppo --config-name rema_trainer \

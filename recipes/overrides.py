@@ -3,6 +3,7 @@
 SMOKE=1 needs them in this form: what a recipe sets on the command line outranks any configuration file.
 """
 
+import json
 import sys
 
 from omegaconf import DictConfig, OmegaConf
@@ -15,11 +16,8 @@ def leaves(node: DictConfig, prefix: str = ""):
         if isinstance(raw, DictConfig):
             yield from leaves(raw, f"{prefix}{key}.")
         else:
-            value = raw._value() if not OmegaConf.is_list(raw) else list(raw)
-            yield (
-                f"{prefix}{key}",
-                "null" if value is None else str(value).replace("True", "true").replace("False", "false"),
-            )
+            value = list(raw) if OmegaConf.is_list(raw) else raw._value()
+            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
 if __name__ == "__main__":

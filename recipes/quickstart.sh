@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole of ReMA on two CPU cores: synthetic task, tiny model, supervised cold start, RL, evaluation.
 #
-#   bash recipes/quickstart.sh            first run: about 6 minutes after the installs
+#   bash recipes/quickstart.sh            first run: about 7 minutes after the installs
 #   SEED=1 bash recipes/quickstart.sh     another seed, in its own folder
 #   FRESH=1 bash recipes/quickstart.sh    start over
 #
@@ -12,19 +12,20 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cpu_environment
 
 SEED=${SEED:-0}
-SFT_STEPS=${SFT_STEPS:-350}
-STEPS=${STEPS:-20}
+SFT_STEPS=${SFT_STEPS:-500}
+STEPS=${STEPS:-15}
 RUN=$RUNS/quickstart_seed$SEED
 DATA=$RUN/data
 [ "${FRESH:-0}" = 1 ] && rm -rf "$RUN"
 mkdir -p "$RUN"
+only_one_run_in "$RUN"
 
 echo "== 1/4 task and model (synthetic)"
 [ -e "$DATA/manifest.json" ] || python data_prep/build_tiny.py --out "$DATA" --seed "$SEED"
 
 echo "== 2/4 supervised cold start (verl's SFT trainer)"
 COLD_START=$RUN/cold_start/global_step_$SFT_STEPS/huggingface
-if [ ! -e "$RUN/cold_start/latest_checkpointed_iteration.txt" ]; then
+if [ ! -e "$COLD_START/model.safetensors" ]; then
   python recipes/watch.py --title "cold start" --log "$RUN/cold_start.log" --steps "$SFT_STEPS" -- \
     torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \
     hydra.run.dir="$RUN/hydra_sft" \
@@ -59,7 +60,7 @@ if [ ! -e "$RUN/cold_start/latest_checkpointed_iteration.txt" ]; then
 fi
 
 echo "== 3/4 ReMA (verl's main_ppo, real vLLM)"
-if [ ! -e "$RUN/done" ]; then
+if [ ! -e "$RUN/done_$STEPS" ]; then
   export -f train cpu_environment
   export RUNS SMOKE=0
   python recipes/watch.py --title "RL" --log "$RUN/train.log" --metrics "$RUN/metrics" --steps "$STEPS" -- \
@@ -89,7 +90,7 @@ if [ ! -e "$RUN/done" ]; then
     trainer.total_epochs=1000 \
     trainer.save_freq=5 \
     trainer.test_freq=5
-  touch "$RUN/done"
+  touch "$RUN/done_$STEPS"
 fi
 
 echo "== 4/4 result"

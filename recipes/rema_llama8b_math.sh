@@ -66,5 +66,6 @@ train rema_llama8b_math \
   trainer.total_training_steps="$STEPS" \
   trainer.total_epochs=1000 \
   trainer.save_freq=10 \
+  trainer.max_actor_ckpt_to_keep=2 \
   trainer.test_freq=10 \
   "$@"

@@ -13,6 +13,8 @@ command -v "$PYTHON" > /dev/null || need "$PYTHON" python3
 "$PYTHON" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' \
   || { echo "rema-verl: $PYTHON is $("$PYTHON" -V 2>&1); this needs Python 3.10 to 3.12 (set PYTHON=...)" >&2; exit 2; }
 "$PYTHON" -c 'import ensurepip' 2> /dev/null || need "Python's venv module" python3-venv
+command -v patch > /dev/null || need patch patch
+command -v flock > /dev/null || need flock util-linux
 "$PYTHON" -c "import ctypes; ctypes.CDLL('libnuma.so.1')" 2> /dev/null || need "libnuma (vLLM's CPU build is linked to it)" libnuma1
 
 echo "== installing into .venv (about 2 minutes)"

@@ -28,9 +28,11 @@ def read_metrics(folder: Path) -> dict[int, dict[str, float]]:
     steps: dict[int, dict[str, float]] = {}
     for file in sorted(folder.glob("*.jsonl")):
         for line in file.read_text().splitlines():
-            if line.endswith("}"):  # the last line of a killed run may be cut
+            try:
                 row = json.loads(line)
-                steps.setdefault(row["step"], {}).update(row["data"])
+            except json.JSONDecodeError:  # the last line of a killed run may be cut
+                continue
+            steps.setdefault(row["step"], {}).update(row["data"])
     return steps
 
 

@@ -4,12 +4,10 @@ Called in the driver (see :func:`rema_verl.compat.config_checks`) for runs that 
 untouched.
 """
 
-import glob
 import importlib
+import json
 import os
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -90,6 +88,16 @@ def check_names(config: DictConfig) -> None:
             raise ConfigError(
                 "trainer.v1.trainer_mode=rema needs actor_rollout_ref.rollout.agent.default_agent_loop=rema"
             )
+        if config.algorithm.adv_estimator == "gae":
+            raise ConfigError("trainer.v1.trainer_mode=rema has no critic; use an estimator such as role_grpo, not gae")
+        for key in ("algorithm.rollout_correction.bypass_mode", "distillation.enabled"):
+            if OmegaConf.select(config, key):
+                raise ConfigError(f"{key}=true does not work with trainer.v1.trainer_mode=rema")
+        if config.trainer.max_actor_ckpt_to_keep == 1:
+            raise ConfigError(
+                "trainer.max_actor_ckpt_to_keep=1 deletes the last good checkpoint before the next is complete; "
+                "use at least 2"
+            )
         if config.algorithm.adv_estimator == "grpo":
             raise ConfigError(
                 "algorithm.adv_estimator=grpo looks at one row per trajectory only and gives its advantage to both "
@@ -105,7 +113,11 @@ def check_batches(config: DictConfig) -> None:
             f"data.train_batch_size={config.data.train_batch_size} is not a multiple of "
             f"actor_rollout_ref.actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}"
         )
-    workers = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    if config.trainer.v1.trainer_mode != "rema":
+        return  # verl counts the rows of its own modes itself
+    workers = (
+        config.trainer.n_gpus_per_node * config.trainer.nnodes // (actor.get("ulysses_sequence_parallel_size") or 1)
+    )
     rows = actor.ppo_mini_batch_size * rollout.n * len(ROLES)
     micro = actor.ppo_micro_batch_size_per_gpu
     if rows % workers:
@@ -125,7 +137,7 @@ def files_of(config: DictConfig, key: str) -> list[str]:
         raise ConfigError(f"data.{key} is empty")
     local = [path for path in paths if "://" not in path]
     for path in local:
-        if not glob.glob(path) and not os.path.exists(path):
+        if not os.path.isfile(path):
             raise ConfigError(f"data.{key}: {path}: no such file")
     return local
 
@@ -135,8 +147,9 @@ def check_rows(path: str, key: str, prompt_key: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not path.endswith(".parquet"):
-        return  # verl reads json too; its rows are checked by the agent loop and the reward manager
+    if path.endswith((".json", ".jsonl")):
+        check_json_lines(path, key, prompt_key)
+        return
     try:
         with pq.ParquetFile(path) as file:
             columns, num_rows = set(file.schema_arrow.names), file.metadata.num_rows
@@ -148,28 +161,46 @@ def check_rows(path: str, key: str, prompt_key: str) -> None:
             batches = file.iter_batches(batch_size=4096, columns=[prompt_key, "reward_model"])
             rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
-                if not has_question(row[prompt_key]):
-                    raise ConfigError(f"{key}: {path}: row {number}: '{prompt_key}' has no question (user message)")
-                if str((row["reward_model"] or {}).get("ground_truth") or "").strip() == "":
-                    raise ConfigError(f"{key}: {path}: row {number}: 'reward_model' has no ground_truth")
+                check_row(row, f"{key}: {path}: row {number}", prompt_key)
     except (OSError, pa.ArrowException) as e:
         raise ConfigError(f"{key}: {path}: not a readable parquet file ({str(e).splitlines()[0][:120]})") from None
 
 
-def has_question(prompt: Any) -> bool:
-    """Whether a prompt column's value has a non-empty user message."""
-    messages: Iterator[dict] = iter(prompt or [])
-    return any(m.get("role") == "user" and str(m.get("content") or "").strip() for m in messages)
+def check_json_lines(path: str, key: str, prompt_key: str) -> None:
+    """The same for the other format verl reads."""
+    number = 0
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                raise ConfigError(f"{key}: {path}: row {number}: not valid JSON") from None
+            check_row(row if isinstance(row, dict) else {}, f"{key}: {path}: row {number}", prompt_key)
+    if number == 0:
+        raise ConfigError(f"{key}: {path}: the file has no rows")
+
+
+def check_row(row: dict, where: str, prompt_key: str) -> None:
+    """One row has a question (a user message) and a ground truth."""
+    prompt, reward_model = row.get(prompt_key), row.get("reward_model")
+    messages = [m for m in prompt if isinstance(m, dict)] if isinstance(prompt, list) else []
+    if not any(m.get("role") == "user" and str(m.get("content") or "").strip() for m in messages):
+        raise ConfigError(f"{where}: '{prompt_key}' has no question (user message)")
+    truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
+    if truth is None or not str(truth).strip():
+        raise ConfigError(f"{where}: 'reward_model' has no ground_truth")
 
 
 def check_tokenizer(config: DictConfig, rema: ReMAConfig) -> None:
     """The tokenizer can render both roles' prompts, and the token limits leave room for a turn."""
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     from rema_verl.agent_loops.rema import prompts_for
 
     model = config.actor_rollout_ref.model
     path = os.path.expanduser(model.tokenizer_path or model.path)
+    if "://" in path:
+        return  # verl fetches it later
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
     except Exception as e:
@@ -193,16 +224,27 @@ def check_tokenizer(config: DictConfig, rema: ReMAConfig) -> None:
     dialogue.add("?")
     opening |= {role: dialogue.view(role) for role in ROLES if role not in opening}
     for role, view in opening.items():
-        text = tokenizer.apply_chat_template(view, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(view, tokenize=False, add_generation_prompt=True)
+        except Exception as e:
+            raise ConfigError(
+                f"actor_rollout_ref.model.path={path}: the chat template cannot render {role}'s prompt ({e})"
+            ) from None
         length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         if length > budget:
             raise ConfigError(
                 f"data.max_prompt_length={budget} is smaller than {role}'s opening prompt for an empty question "
                 f"({length} tokens)"
             )
-    limit = config.actor_rollout_ref.rollout.max_model_len
+    key, limit = "actor_rollout_ref.rollout.max_model_len", config.actor_rollout_ref.rollout.max_model_len
+    if limit is None:
+        try:
+            model_config = AutoConfig.from_pretrained(os.path.expanduser(model.path))
+        except Exception:
+            return  # a tokenizer alone is no model; verl says so when it loads it
+        key, limit = "the model's max_position_embeddings", getattr(model_config, "max_position_embeddings", None)
     if limit is not None and limit < budget + turn:
         raise ConfigError(
-            f"actor_rollout_ref.rollout.max_model_len={limit} is less than data.max_prompt_length + "
-            f"data.max_response_length = {budget + turn}: a turn at the end of the budget would not fit"
+            f"{key}={limit} is less than data.max_prompt_length + data.max_response_length = {budget + turn}: "
+            f"a turn at the end of the budget would not fit"
         )

@@ -79,7 +79,7 @@ def fsdp2_offload_without_pinning() -> None:
 def config_checks() -> None:
     """patches/config_checks.diff: let a plug-in look at the configuration before anything is started.
 
-    ``main_ppo`` calls ``validate_config`` in the driver before Ray; ours runs right after verl's.
+    ``main_ppo`` calls ``validate_config`` in the driver before Ray; ours runs just before verl's.
     """
 
     def add(module) -> None:

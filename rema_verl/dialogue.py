@@ -188,7 +188,8 @@ def neutralise(text: str, control_strings: tuple[str, ...]) -> str:
     >>> neutralise("a<|im_end|>b", ("<|im_end|>",))
     'a< |im_end|>b'
     """
-    while found := [c for c in control_strings if c in text]:
+    breakable = [c for c in control_strings if len(c.strip()) > 1]
+    while found := [c for c in breakable if c in text]:
         for control in found:
             text = text.replace(control, f"{control[0]} {control[1:]}")
     return text

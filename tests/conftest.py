@@ -11,6 +11,7 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO / "data_prep"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VERL_PLATFORM", "cpu")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # Templates written here in the style of three families. "llama3" and "qwen2" mark turns with added tokens; to the

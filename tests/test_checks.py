@@ -68,6 +68,12 @@ BAD = {
     "missing file": ("data.train_files=/nowhere/x.parquet", "data.train_files: /nowhere/x.parquet: no such file"),
     "missing validation file": ("data.val_files=/nowhere/x.parquet", "data.val_files: /nowhere/x.parquet"),
     "max_turns": ("rema.max_turns=0", "rema.max_turns must be at least 1, got 0"),
+    "turns not a number": ("rema.max_turns=many", "rema.max_turns must be a whole number"),
+    "half a turn": ("rema.max_turns=2.5", "rema.max_turns must be a whole number"),
+    "no roles": ("rema.roles=null", "rema.roles must be a mapping"),
+    "critic": ("algorithm.adv_estimator=gae", "has no critic"),
+    "bypass": ("++algorithm.rollout_correction.bypass_mode=true", "bypass_mode=true does not work"),
+    "one checkpoint": ("trainer.max_actor_ckpt_to_keep=1", "use at least 2"),
     "finish flag": ("rema.finish_flag=''", "rema.finish_flag"),
     "three roles": ("+rema.roles.critic={}", "rema.roles must be exactly meta_thinking and reasoning"),
     "one role": ("~rema.roles.reasoning", "rema.roles must be exactly meta_thinking and reasoning"),
@@ -107,6 +113,8 @@ BAD_ROWS = {
     "no question": ([GOOD_ROW, {**GOOD_ROW, "prompt": [{"role": "user", "content": " "}]}], "row 2: 'prompt' has no"),
     "only a system message": ([{**GOOD_ROW, "prompt": [{"role": "system", "content": "x"}]}], "row 1: 'prompt' has no"),
     "no truth": ([GOOD_ROW, GOOD_ROW, {**GOOD_ROW, "reward_model": {"ground_truth": ""}}], "row 3: 'reward_model'"),
+    "prompt is text": ([{**GOOD_ROW, "prompt": "1+1?"}], "row 1: 'prompt' has no question"),
+    "truth is not in a mapping": ([{**GOOD_ROW, "reward_model": "2"}], "row 1: 'reward_model' has no ground_truth"),
     "no column": ([{"prompt": GOOD_ROW["prompt"]}], "no column 'reward_model'"),
 }
 
@@ -119,6 +127,35 @@ def test_bad_rows(config, tmp_path, case):
     with pytest.raises(ValueError, match=r"data\.train_files: ") as error:
         checks.check(config(f"data.train_files={tmp_path}/bad.parquet"))
     assert message in str(error.value) and "bad.parquet" in str(error.value)
+
+
+def test_a_truth_of_zero_is_a_truth(config, tmp_path):
+    pq.write_table(pa.Table.from_pylist([{**GOOD_ROW, "reward_model": {"ground_truth": 0}}]), tmp_path / "zero.parquet")
+    checks.check(config(f"data.train_files={tmp_path}/zero.parquet"))
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "no rows"), ("{", "row 1: not valid JSON"), ("[]", "no question")])
+def test_json_lines(config, tmp_path, text, message):
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        checks.check(config(f"data.train_files={tmp_path}/rows.jsonl"))
+
+
+def test_model_whose_context_is_too_short(config, files, tmp_path):
+    import shutil
+
+    shutil.copytree(files / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 1024}')
+    with pytest.raises(ValueError, match="max_position_embeddings=1024 is less than"):
+        checks.check(config(f"actor_rollout_ref.model.path={tmp_path}/model"))
+
+
+def test_template_that_refuses_a_system_prompt(config, tmp_path):
+    tokenizer = make_tokenizer("llama3")
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    tokenizer.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="cannot render meta_thinking's prompt"):
+        checks.check(config(f"actor_rollout_ref.model.path={tmp_path}/model"))
 
 
 def test_empty_file(config, tmp_path):

@@ -1,6 +1,7 @@
 """Whole runs with real verl, Ray and vLLM, started with the commands of the README."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -74,16 +75,16 @@ def test_quickstart_learns_and_survives_a_kill(quickstart):
     assert {"accuracy_before", "accuracy_after", "steps", "seconds", "run_dir"} <= result.keys()
     assert 0.2 <= result["accuracy_before"] <= 0.6
     assert result["accuracy_after"] - result["accuracy_before"] >= 0.20
-    assert result["steps"] == 20 and last_checkpoint(run / "checkpoints") == 20
+    assert result["steps"] == 15 and last_checkpoint(run / "checkpoints") == 15
     launches = sorted((run / "metrics").glob("*.jsonl"))
     assert len(launches) == 2
     resumed = [json.loads(line)["step"] for line in launches[1].read_text().splitlines()]
-    assert resumed[0] in (5, 6) and resumed[-1] == 20  # from the last checkpoint, not from the start
+    assert resumed[0] in (5, 6) and resumed[-1] == 15  # from the last checkpoint, not from the start
 
 
 def test_validation_is_logged_before_during_and_after(quickstart):
     metrics = read_metrics(quickstart[0] / "metrics")
-    assert {0, 5, 10, 15, 20} <= {step for step, m in metrics.items() if val_accuracy(m) is not None}
+    assert {0, 5, 10, 15} <= {step for step, m in metrics.items() if val_accuracy(m) is not None}
 
 
 def test_second_run_reuses_what_is_there(quickstart):
@@ -98,19 +99,19 @@ def test_log_probs_agree_with_untied_embeddings(quickstart):
 
 def test_metrics_per_role(quickstart):
     metrics = read_metrics(quickstart[0] / "metrics")
-    last = metrics[20]
+    last = metrics[15]
     for role in ROLES:
         for name in ("turns/mean", "tokens", "entropy", "pg_clipfrac", "reward/mean"):
             assert f"{role}/{name}" in last
     assert last["dialogue/finish_rate"] > 0.5
     assert sum(v for k, v in last.items() if k.startswith("dialogue/stop_reason/")) == 16 * 8
-    assert last["rollout/missing_trajectories"] == 0
+    assert last["rollout/failed_trajectories"] == last["rollout/skipped_trajectories"] == 0
     # the bad habit went away: dialogues grew
     assert last["dialogue/turns/mean"] > metrics[1]["dialogue/turns/mean"] + 0.3
 
 
 def test_trajectories_on_disk(quickstart):
-    rows = [json.loads(line) for line in (quickstart[0] / "rollouts" / "20.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (quickstart[0] / "rollouts" / "15.jsonl").read_text().splitlines()]
     assert len(rows) == 16 * 8 * 2
     by_trajectory: dict[str, list[dict]] = {}
     for row in rows:
@@ -256,13 +257,15 @@ def start_training(start, tiny: Path, runs: Path, checkpoints: Path, *overrides:
     return start(["bash", "-c", script, "run", *arguments], RUNS=runs)
 
 
-def processes_of(command: Command, pattern: str) -> list[psutil.Process]:
-    """Processes below the command (Ray's are re-parented inside its session) whose title matches."""
+def processes_of(runs: Path, pattern: str) -> list[psutil.Process]:
+    """The run's processes whose title matches. Ray's are no children of the command, but inherit its environment."""
     found = []
-    for process in psutil.process_iter(["cmdline", "name"]):
-        title = " ".join(process.info["cmdline"] or []) or process.info["name"] or ""
-        if re.search(pattern, title):
-            found.append(process)
+    for process in psutil.process_iter(["cmdline"]):
+        if re.search(pattern, " ".join(process.info["cmdline"] or [])):
+            # a process that renames itself writes over its environment: ask its parents too
+            family = [process, *process.parents()]
+            if any(f"RUNS={runs}".encode() in Path(f"/proc/{p.pid}/environ").read_bytes() for p in family):
+                found.append(process)
     return found
 
 
@@ -274,10 +277,11 @@ def check_clean_end(command: Command, checkpoints: Path, what: str) -> str:
     text = re.sub(r"\x1b\[[0-9;]*m", "", command.text())
     lines = {line.split("rema-verl: error:", 1)[1] for line in text.splitlines() if "rema-verl: error:" in line}
     assert len(lines) == 1, lines or text[-3000:]
+    (error,) = lines
     step = last_checkpoint(checkpoints)
-    assert step >= 1 and f"step {step} " in lines.copy().pop()
+    assert step >= 1 and f"step {step} " in error
     assert (checkpoints / f"global_step_{step}" / "data.pt").exists()
-    return lines.pop()
+    return error
 
 
 @pytest.mark.parametrize(("victim", "name"), [(r"VLLM::EngineCore", "vLLM"), (r"ray::WorkerDict", "trainer worker")])
@@ -288,7 +292,7 @@ def test_killed_process_ends_the_run(start, tiny, tmp_path, victim, name):
     metrics = read_metrics(tmp_path / "broken" / "metrics").values()
     assert sum(m["rollout/skipped_trajectories"] for m in metrics) > 0  # the long questions: skipped, counted, no harm
     assert sum(m["rollout/failed_trajectories"] for m in metrics) == 0
-    victims = processes_of(command, victim)
+    victims = processes_of(tmp_path, victim)
     assert victims
     for process in victims:
         process.kill()
@@ -298,7 +302,10 @@ def test_killed_process_ends_the_run(start, tiny, tmp_path, victim, name):
 def test_full_disk_while_checkpointing_ends_the_run(start, tiny, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], check=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        reason = f"cannot make a small disk (needs root): {mounted.stderr.strip()}"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     try:
         command = start_training(start, tiny, tmp_path, disk / "checkpoints")
         wait_until(lambda: last_checkpoint(disk / "checkpoints") >= 1, command, 240, "checkpoint")

@@ -46,6 +46,18 @@ def test_overrunning_answer_is_killed_counted_and_the_next_one_graded():
     assert time.monotonic() - started < 60
 
 
+def test_a_killed_idle_worker_is_replaced():
+    """pebble marks its whole pool broken then; every later answer would be an error."""
+    import psutil
+
+    assert grade("\\boxed{7}", "7").correct
+    for child in psutil.Process().children(recursive=True):
+        if "spawn_main" in " ".join(child.cmdline()):
+            child.kill()
+    time.sleep(2)
+    assert grade("\\boxed{7}", "7") == Grade(True, "graded")
+
+
 def test_time_limit_holds_in_a_thread():
     """math-verify's own limit needs SIGALRM and the main thread (verl #3407)."""
     results = []

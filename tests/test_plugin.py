@@ -94,11 +94,22 @@ def test_broken_plug_in_is_impossible_to_miss(tmp_path, broken):
     assert "rema-verl: error:" in result.stderr and "broken on purpose" in result.stderr
 
 
-def test_cpu_is_not_taken_beside_an_accelerator(monkeypatch, tmp_path):
-    """verl's own check needs nvidia-smi, which a container may lack: a GPU machine must not end up on CPU."""
+def test_cpu_is_not_taken_by_a_torch_built_for_an_accelerator(monkeypatch):
+    """An actor without a visible GPU on a GPU machine must not end up on CPU."""
+    import torch
+
     from rema_verl.platforms import cpu
 
     assert cpu.PlatformCPU().is_platform_available()
-    (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr(cpu, "ACCELERATOR_FILES", (f"{tmp_path}/nvidia[0-9]*",))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     assert not cpu.PlatformCPU().is_platform_available()
+
+
+def test_cpu_is_taken_beside_an_nvidia_smi_that_torch_cannot_use(tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nexit 0\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    code = "import verl; from verl.plugin.platform import get_platform; print(get_platform().device_name)"
+    environment = {k: v for k, v in os.environ.items() if k != "VERL_PLATFORM"}
+    environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+    run = {"capture_output": True, "text": True, "cwd": tmp_path, "env": environment}
+    assert subprocess.run([sys.executable, "-c", code], **run).stdout.split()[-1] == "cpu"

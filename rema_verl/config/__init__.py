@@ -41,6 +41,14 @@ class ReMAConfig:
     """Seconds between two checks that every worker and engine is alive; 0 switches the watchdog off."""
 
     def __post_init__(self) -> None:
+        for key in ("roles", "prompts"):
+            if not isinstance(getattr(self, key), dict):
+                raise ValueError(f"rema.{key} must be a mapping, got {getattr(self, key)!r}")
+        if not isinstance(self.max_turns, int):
+            raise ValueError(f"rema.max_turns must be a whole number, got {self.max_turns!r}")
+        for key in ("grading_timeout", "poll_interval", "watchdog_interval"):
+            if not isinstance(getattr(self, key), int | float):
+                raise ValueError(f"rema.{key} must be a number of seconds, got {getattr(self, key)!r}")
         if set(self.roles) != set(ROLES):
             raise ValueError(f"rema.roles must be exactly {' and '.join(ROLES)}, got {', '.join(self.roles) or 'none'}")
         for role, options in self.roles.items():

@@ -1,13 +1,12 @@
 """verl platform ``cpu``: FSDP2 on gloo and vLLM's CPU build, for machines without an accelerator.
 
-Registered with verl's ``PlatformRegistry``. verl asks its platforms in order of registration and takes the first that
-says it is available, so this one, registered last, is taken only where no other is. ``VERL_PLATFORM`` overrides.
+Registered with verl's ``PlatformRegistry`` and taken by itself where torch is built without an accelerator;
+``VERL_PLATFORM`` overrides.
 
 "Device memory" is the resident set of the process, so that verl's ``perf/*`` figures keep a meaning.
 """
 
 import contextlib
-import glob
 import os
 import resource
 import types
@@ -17,7 +16,14 @@ import psutil
 import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry, get_platform
 
-ACCELERATOR_FILES = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/davinci[0-9]*")  # NVIDIA, AMD, Ascend
+
+def torch_is_cpu_build() -> bool:
+    """Whether this torch could not use an accelerator if there was one.
+
+    The build decides, not what is visible: a Ray actor that was given no GPU sees none on a GPU machine, and must not
+    end up on another platform than the actor beside it.
+    """
+    return not (torch.version.cuda or torch.version.hip or hasattr(torch, "npu"))
 
 
 def _rss() -> int:
@@ -72,13 +78,7 @@ class PlatformCPU(PlatformBase):
         return True
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        """Whether this machine has no accelerator.
-
-        A Ray actor that was given no GPU does not see the machine's GPUs through torch, and a container may lack
-        nvidia-smi, so this looks at the drivers' device files too.
-        """
-        visible = torch.cuda.is_available() or (hasattr(torch, "npu") and torch.npu.is_available())
-        return not visible and not any(glob.glob(pattern) for pattern in ACCELERATOR_FILES)
+        return torch_is_cpu_build()
 
     def current_device(self) -> str:
         # Not an index: verl calls tensor.to(get_device_id()), and torch reads an int as "that accelerator".
@@ -149,6 +149,9 @@ def chosen() -> bool:
     return get_platform().device_name == "cpu"
 
 
+if torch_is_cpu_build():
+    # verl takes a machine with nvidia-smi for a CUDA one, whatever torch can do.
+    os.environ.setdefault("VERL_PLATFORM", "cpu")
 if chosen():
     # Children inherit the choice; verl registers its FSDP engine classes for "cuda" and "npu" only, though their code
     # is device-neutral, and has this override for that.

@@ -46,11 +46,10 @@ class CPUWorkerExtension(vLLMColocateWorkerExtension):
         initialize_layerwise_reload(model)
         receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=self.device, use_shm=use_shm)
         receiver.receive_weights(load)
-        if not failures:
-            finalize_layerwise_reload(model, self.model_runner.model_config)
-            # A tied head shares the embedding's weight but packs a copy of its own, which nothing above refreshed.
-            for layer in model.modules():
-                if isinstance(layer, ParallelLMHead):
-                    layer.quant_method.process_weights_after_loading(layer)
-        else:
+        if failures:
             raise RuntimeError(f"weight sync failed in the vLLM worker:\n{failures[0]}")
+        finalize_layerwise_reload(model, self.model_runner.model_config)
+        # A tied head shares the embedding's weight but packs a copy of its own, which nothing above refreshed.
+        for layer in model.modules():
+            if isinstance(layer, ParallelLMHead):
+                layer.quant_method.process_weights_after_loading(layer)

@@ -14,7 +14,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from typing import Literal
 
-from pebble import ProcessExpired, ProcessPool
+from pebble import ProcessPool
 
 Status = Literal["graded", "no_answer", "timeout", "error"]
 
@@ -97,16 +97,18 @@ def grade(response: str, truth: str, timeout: float = 5.0) -> Grade:
     Returns:
         A :class:`Grade`; never raises for what the texts contain.
     """
-    _warm_up()
     try:
-        return _pool().schedule(_grade_here, args=[response, truth], timeout=timeout).result()
+        future = _schedule(response, truth, timeout)
+    except RuntimeError:  # pebble gives up a whole pool when an idle worker is killed (by the OOM killer, say)
+        _pool.cache_clear()
+        future = _schedule(response, truth, timeout)
+    try:
+        return future.result()
     except FutureTimeout:
         return Grade(False, "timeout")
-    except (ProcessExpired, Exception):
+    except Exception:  # e.g. the worker ran out of memory, or a parser's bug
         return Grade(False, "error")
 
 
-@functools.cache
-def _warm_up() -> None:
-    """Pay for the imports once, outside of any answer's time limit."""
-    _pool().schedule(_grade_here, args=["\\boxed{1}", "1"], timeout=120).result()
+def _schedule(response: str, truth: str, timeout: float):
+    return _pool().schedule(_grade_here, args=[response, truth], timeout=timeout)

@@ -76,16 +76,16 @@ class ReMATrainer(PPOTrainerSync):
     # --------------------------------------------------------------- a step
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs) -> KVBatchMeta:
-        expected = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
-        missing = expected - len(batch) // len(ROLES)
-        failed = len(self.replay_buffer.failure_keys["train"]) * self.config.actor_rollout_ref.rollout.n
-        metrics["rollout/missing_trajectories"] = missing
-        metrics["rollout/failed_trajectories"] = min(failed, missing)
-        metrics["rollout/skipped_trajectories"] = max(missing - failed, 0)
-        if missing:
+        n = self.config.actor_rollout_ref.rollout.n
+        delivered = Counter(key.rsplit("_", 2)[0] for key in batch.keys)  # prompt uid -> rows
+        failed = sum(n - delivered[uid] // len(ROLES) for uid in self.replay_buffer.failure_keys["train"])
+        skipped = self.config.data.train_batch_size * n - len(batch) // len(ROLES) - failed
+        metrics["rollout/failed_trajectories"] = failed
+        metrics["rollout/skipped_trajectories"] = skipped
+        if failed or skipped:
             logger.warning(
-                "step %d: %d of %d trajectories are missing (%d failed; the others' question exceeds "
-                "data.max_prompt_length)", self.global_steps, missing, expected, min(failed, missing),
+                "step %d: %d trajectories failed, %d were skipped (question longer than data.max_prompt_length)",
+                self.global_steps, failed, skipped,
             )  # fmt: skip
         return super()._balance_batch(batch, metrics, **kwargs)
 
@@ -95,12 +95,12 @@ class ReMATrainer(PPOTrainerSync):
             keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields", "response_mask", "entropy"]
         )
         self.rows = dict(zip(batch.keys, _column(fields, "extra_fields"), strict=True))
+        masks, entropies = fields["response_mask"].unbind(), fields["entropy"].unbind()
         for role in ROLES:
             mine = [i for i in range(len(batch)) if self._role(batch, i) == role]
-            tokens = sum(int(fields["response_mask"][i].sum()) for i in mine)
+            tokens = sum(int(masks[i].sum()) for i in mine)
             if tokens:
-                total = sum(float((fields["entropy"][i] * fields["response_mask"][i]).sum()) for i in mine)
-                metrics[f"{role}/entropy"] = total / tokens
+                metrics[f"{role}/entropy"] = sum(float((entropies[i] * masks[i]).sum()) for i in mine) / tokens
             metrics[f"{role}/tokens"] = tokens
         return batch
 
@@ -183,10 +183,22 @@ class ReMATrainer(PPOTrainerSync):
         metrics["rollout/cache_hit_rate"] = sum(d["cached_tokens"] for d in dialogues) / max(prompt_tokens, 1)
         return metrics
 
+    def _val_metrics_update(self, data_sources, sample_uids, *args, expected_acc_counts=None, **kwargs) -> dict:
+        # verl scores a validation trajectory that did not arrive 0 and says nothing
+        metrics = super()._val_metrics_update(
+            data_sources, sample_uids, *args, expected_acc_counts=expected_acc_counts, **kwargs
+        )
+        if missing := sum((expected_acc_counts or {}).values()) - len(sample_uids):
+            logger.warning("validation: %d trajectories failed or were skipped, and count as wrong", missing)
+        return metrics | {"val-aux/missing_trajectories": missing}
+
     # ----------------------------------------------------------- on the disk
 
     def _dump_generations(self, inputs, outputs, gts, scores, reward_extra_infos_dict, dump_path) -> None:
         """verl's JSONL of rollouts, with the role and what the agent loop knows of the dialogue on each row."""
+        real = [i for i, key in enumerate(reward_extra_infos_dict["uid"]) if not key.startswith("pad")]
+        inputs, outputs, gts, scores = ([column[i] for i in real] for column in (inputs, outputs, gts, scores))
+        reward_extra_infos_dict = {k: [v[i] for i in real] for k, v in reward_extra_infos_dict.items()}
         keys = reward_extra_infos_dict["uid"]
         extra = {**reward_extra_infos_dict, "role": [ROLES[int(k.rsplit("_", 1)[1])] for k in keys]}
         if all(key in self.rows for key in keys):
@@ -202,7 +214,7 @@ class ReMATrainer(PPOTrainerSync):
         except Exception as e:
             # torch does not say "disk full" when it is. Free the half-written step, then repair verl's pointer, which
             # the failed write may have emptied.
-            free = shutil.disk_usage(root).free / 2**20
+            free = shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free / 2**20
             shutil.rmtree(root / f"global_step_{self.global_steps}", ignore_errors=True)
             _write_tracker(root, previous)
             raise RuntimeError(

@@ -47,6 +47,7 @@ class Watchdog(threading.Thread):
             for i, replica in enumerate(trainer.llm_server_manager.get_replicas())
             for j, server in enumerate(replica.servers)
         }
+        actors["TransferQueue controller"] = ray.get_actor("TransferQueueController", namespace="transfer_queue")
         return cls(actors, engines, interval, trainer.resume_hint)
 
     def __enter__(self) -> "Watchdog":
@@ -83,10 +84,12 @@ class Watchdog(threading.Thread):
             del self.pending[name]
             try:
                 engine_dead = ray.get(question)
-            except ray.exceptions.RayActorError:
-                return name
+            except ray.exceptions.ActorUnavailableError:  # passing, says Ray
+                continue
             except ray.exceptions.RayTaskError as e:
                 return f"{name} ({e.cause})"
+            except ray.exceptions.RayError:  # died, ran out of memory, lost its node
+                return name
             if engine_dead:
                 return f"{name}'s engine"
         return None
