@@ -61,7 +61,7 @@ fi
 
 echo "== 3/4 ReMA (verl's main_ppo, real vLLM)"
 if [ ! -e "$RUN/done_$STEPS" ]; then
-  export -f train cpu_environment
+  export -f train cpu_environment only_one_run_in
   export RUNS SMOKE=0
   python recipes/watch.py --title "RL" --log "$RUN/train.log" --metrics "$RUN/metrics" --steps "$STEPS" -- \
     bash -c 'set -euo pipefail; train "$@"' train "quickstart_seed$SEED" \
