@@ -7,7 +7,8 @@ import torch
 from omegaconf import OmegaConf
 
 from rema_verl.trainers import rema
-from rema_verl.trainers.rema import ReMATrainer, _read_tracker, _root_cause, _token_rewards, _write_tracker
+from rema_verl.trainers.rema import ReMATrainer, _read_tracker, _token_rewards, _write_tracker
+from rema_verl.trainers.watchdog import root_cause
 
 
 def bare_trainer(**config) -> ReMATrainer:
@@ -88,7 +89,7 @@ def test_root_cause_is_one_line():
         except OSError as e:
             raise RuntimeError("long\ntraceback") from e
     except RuntimeError as e:
-        assert _root_cause(e) == "OSError: [Errno 28] No space left on device"
+        assert root_cause(e) == "OSError: [Errno 28] No space left on device"
 
 
 def test_padding_rows_have_no_role():

@@ -31,7 +31,7 @@ from rema_verl.algorithms.advantages import role_index
 from rema_verl.config import ReMAConfig
 from rema_verl.dialogue import ROLES, StopReason
 from rema_verl.trainers.losses import role_ppo_loss
-from rema_verl.trainers.watchdog import Watchdog
+from rema_verl.trainers.watchdog import PREFIX, Watchdog, root_cause
 
 logger = logging.getLogger(__name__)
 TRACKER = "latest_checkpointed_iteration.txt"  # verl's pointer to the checkpoint to resume from
@@ -218,8 +218,8 @@ class ReMATrainer(PPOTrainerSync):
             shutil.rmtree(root / f"global_step_{self.global_steps}", ignore_errors=True)
             _write_tracker(root, previous)
             raise RuntimeError(
-                f"rema-verl: error: could not save the checkpoint of step {self.global_steps} "
-                f"({free:.1f} MiB were free on that disk): {_root_cause(e)}; "
+                f"{PREFIX} could not save the checkpoint of step {self.global_steps} "
+                f"({free:.1f} MiB were free on that disk): {root_cause(e)}; "
                 f"{self.resume_hint()}"
             ) from None
 
@@ -259,11 +259,3 @@ def _write_tracker(root: Path, step: int | None) -> None:
     temporary = root / f"{TRACKER}.tmp"
     temporary.write_text(str(step))
     temporary.replace(root / TRACKER)
-
-
-def _root_cause(e: BaseException) -> str:
-    """The first line of the innermost error, without Ray's traceback."""
-    while (inner := getattr(e, "cause", None) or e.__cause__) is not None:
-        e = inner
-    lines = [line for line in str(e).splitlines() if line.strip()]
-    return f"{type(e).__name__}: {lines[-1].strip() if lines else ''}"

@@ -13,6 +13,8 @@ import time
 import ray
 
 GRACE = 2.0  # seconds for Ray to forward the line to the driver's terminal
+CLEAN_UP = 30.0  # seconds for the clean-up after an error, which may wait for the dead
+PREFIX = "rema-verl: error:"
 
 
 def _engine_dead(server) -> bool:
@@ -34,6 +36,8 @@ class Watchdog(threading.Thread):
         super().__init__(name="rema-verl-watchdog", daemon=True)
         self.actors, self.engines, self.interval, self.hint = actors, engines, interval, hint
         self.done = threading.Event()
+        self.said = threading.Event()
+        self.lock = threading.Lock()
         self.pending: dict = {}  # name -> the question a busy actor has not answered yet
 
     @classmethod
@@ -55,17 +59,34 @@ class Watchdog(threading.Thread):
             self.start()
         return self
 
-    def __exit__(self, *exc) -> None:
-        # After an error the clean-up (TransferQueue's, Ray's) may itself wait for the dead: keep watching.
-        if exc[0] is None:
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None:
             self.done.set()
+            return
+        # The trainer noticed something itself. Say it in one line too, and keep watching: the clean-up that follows
+        # (TransferQueue's, Ray's) may wait for the dead.
+        if PREFIX in str(error):
+            self.said.set()
+        elif not self.said.is_set():
+            dead = self.find_dead()
+            self.say(f"{dead} died" if dead else f"training stopped: {root_cause(error)}")
 
     def run(self) -> None:
         while not self.done.wait(self.interval):
+            if self.said.is_set():
+                time.sleep(CLEAN_UP)
+                os._exit(1)
             if dead := self.find_dead():
-                print(f"rema-verl: error: {dead} died; {self.hint()}", file=sys.stderr, flush=True)
+                self.say(f"{dead} died")
                 time.sleep(GRACE)
                 os._exit(1)
+
+    def say(self, what: str) -> None:
+        """The one line, once."""
+        with self.lock:
+            if not self.said.is_set():
+                print(f"{PREFIX} {what}; {self.hint()}", file=sys.stderr, flush=True)
+                self.said.set()
 
     def find_dead(self) -> str | None:
         """Name and cause of the first dead actor or engine, None if all may still be alive.
@@ -73,6 +94,10 @@ class Watchdog(threading.Thread):
         A busy actor answers late; its question stays open and is looked at again in the next round. A dead one's
         question fails at once.
         """
+        with self.lock:
+            return self._find_dead()
+
+    def _find_dead(self) -> str | None:
         for name, actor in {**self.actors, **self.engines}.items():
             if name not in self.pending:
                 ask = _engine_dead if name in self.engines else _alive
@@ -93,6 +118,14 @@ class Watchdog(threading.Thread):
             if engine_dead:
                 return f"{name}'s engine"
         return None
+
+
+def root_cause(e: BaseException) -> str:
+    """The last line of the innermost error, without Ray's traceback."""
+    while (inner := getattr(e, "cause", None) or e.__cause__) is not None:
+        e = inner
+    lines = [line for line in str(e).splitlines() if line.strip()]
+    return f"{type(e).__name__}: {lines[-1].strip() if lines else ''}"
 
 
 def _alive(actor) -> bool:
