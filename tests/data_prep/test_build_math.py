@@ -28,16 +28,6 @@ import _common  # noqa: E402
 LEVEL_3_TO_5, MINI, MATH500 = "math_train_l3to5_8523.parquet", "math_train_mini_133.parquet", "math500.parquet"
 
 
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder with the real rows. CI must have it; elsewhere its absence skips, with the reason."""
-    path = Path(os.environ.get("REMA_SHARED_DATA") or REPO.parent / "shared" / "data")
-    if not path.is_dir():
-        reason = f"no real MATH rows: {path} is not a folder (set REMA_SHARED_DATA)"
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    return path
-
-
 @pytest.fixture
 def build(tmp_path, capsys):
     """Run the script in this process: build(train, val, *options) -> (train rows, val rows, manifest)."""
