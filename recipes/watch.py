@@ -3,7 +3,7 @@
     python recipes/watch.py --title "RL" --log FILE [--metrics FOLDER] [--steps N] -- COMMAND...
 
 verl prints several hundred lines a step. Here they go to ``--log``; the screen shows the step (read from verl's JSON
-metrics in ``--metrics``, or from its progress bar in the log), the latest accuracy and the time. When the command
+metrics in ``--metrics``, or from its console lines in the log), the latest accuracy and the time. When the command
 fails, its own error lines and the log's path are shown, and its exit code is passed on.
 """
 
@@ -55,8 +55,8 @@ def describe(log: Path, metrics: Path | None) -> tuple[int, str]:
         return max(steps), ", ".join(words)
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
-        bars = re.findall(r"(\d+)/\d+ \[", file.read().decode(errors="replace"))
-    return (int(bars[-1]), "") if bars else (0, "starting")
+        steps = re.findall(r"step:(\d+) - train/loss:([\d.]+)", file.read().decode(errors="replace"))
+    return (int(steps[-1][0]), f"loss {float(steps[-1][1]):.3f}") if steps else (0, "starting")
 
 
 def main() -> int:
