@@ -55,7 +55,7 @@ def describe(log: Path, metrics: Path | None) -> tuple[int, str]:
         return max(steps), ", ".join(words)
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
-        steps = re.findall(r"step:(\d+) - train/loss:([\d.]+)", file.read().decode(errors="replace"))
+        steps = re.findall(r"step:(\d+) - .*?train/loss:([\d.]+)", file.read().decode(errors="replace"))
     return (int(steps[-1][0]), f"loss {float(steps[-1][1]):.3f}") if steps else (0, "starting")
 
 
