@@ -78,6 +78,7 @@ if [ ! -e "$RUN/done_$STEPS" ]; then
     data.max_response_length=16 \
     data.seed="$SEED" \
     rema.max_turns=4 \
+    rema.seed="$SEED" \
     rema.prompts.meta_thinking=plan \
     rema.prompts.reasoning=solve \
     rema.prompts.first_instruction="'{question}|{instruction}'" \

@@ -12,6 +12,7 @@ role keeps one request id, so that verl routes it to the replica whose prefix ca
 import asyncio
 import copy
 import functools
+import hashlib
 import json
 import re
 from collections import Counter
@@ -46,6 +47,20 @@ def prompts_for(config: ReMAConfig) -> Prompts:
     """The prompts of the setting, with the configured overrides."""
     default = default_prompts(config.max_turns, config.task, config.plan)
     return replace(default, **{k: v for k, v in config.prompts.items() if v is not None})
+
+
+def call_seed(seed: int | None, *place: object) -> dict[str, int]:
+    """The sampling seed of the call at this place of a run; nothing where ``rema.seed`` is not set.
+
+    >>> call_seed(0, "0-1-7", 3, "reasoning", 1, 0)
+    {'seed': 1315012700}
+    >>> call_seed(None, "0-1-7", 3, "reasoning", 1, 0)
+    {}
+    """
+    if seed is None:
+        return {}
+    digest = hashlib.sha256(json.dumps([seed, *place]).encode()).digest()
+    return {"seed": int.from_bytes(digest[:4], "big") >> 1}
 
 
 @functools.lru_cache(maxsize=8)
@@ -162,16 +177,21 @@ class ReMAAgentLoop(AgentLoopBase):
             if role == META_THINKING and self.rema.plan == "json":
                 sampling["structured_outputs"] = StructuredOutputsParams(json=JSON_SCHEMA)
             samples = self.rema.answers_per_plan if role == REASONING else 1
+            place = (kwargs.get("uid"), kwargs.get("session_id"), role, dialogue.num_turns)
             with simple_timer("generate_sequences", timing):
                 outputs = await asyncio.gather(
                     *(
                         self.server_manager.generate(
                             request_id=f"{trajectory_id}-{role}",
                             prompt_ids=stream.ids,
-                            sampling_params={**sampling, "max_tokens": self.rollout_config.response_length},
+                            sampling_params={
+                                **sampling,
+                                **call_seed(self.rema.seed, *place, i),
+                                "max_tokens": self.rollout_config.response_length,
+                            },
                             priority=int(kwargs.get("priority", 0)),
                         )
-                        for _ in range(samples)
+                        for i in range(samples)
                     )
                 )
             for output in outputs:

@@ -167,6 +167,11 @@ class ReMAConfig:
     grading_timeout: float = 5.0
     """Seconds one answer may take to grade before its worker is killed."""
 
+    seed: int | None = None
+    """Seeds every call of a training step by its place in the run (step, question, trajectory, role, turn), and trains
+    rows in that order, so that a run repeats itself, also after a resume. vLLM then draws row by row, which costs time
+    on large batches. None: seeded by ``rollout.seed`` only, so what is drawn depends on how calls are batched."""
+
     journal: str | None = None
     """Folder to which every scored trajectory is appended at once, as JSON lines; None: no journal."""
 
@@ -182,6 +187,8 @@ class ReMAConfig:
                 raise ValueError(f"rema.{key} must be a whole number, got {value!r}")
             if value < 1:
                 raise ValueError(f"rema.{key} must be at least 1, got {value}")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise ValueError(f"rema.seed must be a whole number, got {self.seed!r}")
         for key in ("grading_timeout", "poll_interval", "watchdog_interval"):
             if not is_number(value := getattr(self, key)):
                 raise ValueError(f"rema.{key} must be a number of seconds, got {value!r}")

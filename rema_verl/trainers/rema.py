@@ -26,6 +26,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.tensordict_utils import assign_non_tensor_stack
 
 from rema_verl.algorithms.advantages import role_index
 from rema_verl.config import ReMAConfig
@@ -50,6 +51,7 @@ class ReMATrainer(PPOTrainerSync):
 
     def __init__(self, config):
         self.rema = ReMAConfig.of(config)
+        self.drawn = (0, 0)  # step, questions drawn in it
         self.rows: dict[str, dict] = {}  # TransferQueue key -> the row's extra_fields, for the current step
         super().__init__(config)
 
@@ -57,6 +59,17 @@ class ReMATrainer(PPOTrainerSync):
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = self.rema.poll_interval
         return buffer
+
+    def _fetch_one_gen_batch(self) -> TensorDict:
+        batch = super()._fetch_one_gen_batch()
+        if self.rema.seed is not None:  # names by place in the run, where verl draws them at random
+            if self.drawn[0] != self.global_steps:
+                self.drawn = (self.global_steps, 0)
+            step, first = self.drawn
+            self.drawn = (step, first + len(batch))
+            uids = [f"{self.rema.seed}-{step:06d}-{i:06d}" for i in range(first, first + len(batch))]
+            assign_non_tensor_stack(batch, "uid", uids)
+        return batch
 
     # ---------------------------------------------------------------- a run
 
@@ -89,6 +102,8 @@ class ReMATrainer(PPOTrainerSync):
                 "step %d: %d trajectories failed, %d were skipped (question longer than data.max_prompt_length)",
                 self.global_steps, failed, skipped,
             )  # fmt: skip
+        if self.rema.seed is not None:  # not as they arrived
+            batch = batch.select_keys(sorted(batch.keys))
         fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
         self.rows = dict(zip(batch.keys, _column(fields, "extra_fields"), strict=True))
         return super()._balance_batch(self._rows_of(self.learning, batch), metrics, **kwargs)

@@ -10,14 +10,17 @@ of its own. The tables give the mean over seeds and the lowest and highest seed;
 """
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -26,6 +29,12 @@ sys.path.insert(0, str(ROOT / "recipes"))
 from watch import read_metrics, val_accuracy  # noqa: E402
 
 LOSS = "actor_rollout_ref.actor.policy_loss"
+SEPARATE = [
+    "trainer.v1.trainer_mode=rema_separate",
+    "rema.switch.start=meta_thinking",
+    "rema.switch.freq=3",
+    "ray_kwargs.ray_init.num_cpus=8",  # Ray's actors of two models; they share the real cores
+]
 SOFTRANKPO = ["algorithm.adv_estimator=softrankpo"]
 
 
@@ -45,6 +54,9 @@ VARIANTS: dict[str, list[str]] = {
     "softrankpo_cubed": SOFTRANKPO + reward(power=3),
     "role_grpo_x1000": reward(scale=1000),
     "softrankpo_x1000": SOFTRANKPO + reward(scale=1000),
+    "separate": SEPARATE,
+    "separate_both": [*SEPARATE, "rema.switch.level=none"],
+    "separate_served": [*SEPARATE, "rema.roles.meta_thinking.trainable=false", "rema.switch.start=reasoning"],
 }
 EXPERIMENTS = {
     "one clip decision per token or per turn": ["vanilla", "turn_clip"],
@@ -52,8 +64,9 @@ EXPERIMENTS = {
     "GRPO or ranks": [
         name for kind in ("", "_cubed", "_x1000", "_flipped") for name in (f"role_grpo{kind}", f"softrankpo{kind}")
     ],
+    "one model or one per role": ["shared", "separate", "separate_both", "separate_served"],
 }
-SAME = {"role_grpo": "turn_clip"}  # under another name in another table
+SAME = {"role_grpo": "turn_clip", "shared": "turn_clip"}  # under another name in another table
 
 
 def train(variant: str, seed: int, runs: Path, steps: int, core: int | None) -> None:
@@ -72,10 +85,26 @@ def train(variant: str, seed: int, runs: Path, steps: int, core: int | None) -> 
     ]
     (runs / name).mkdir(parents=True, exist_ok=True)
     with (runs / name / "console.log").open("a") as log:
-        done = subprocess.run(
+        run = subprocess.Popen(
             [*pin, "bash", "recipes/quickstart.sh", *overrides], cwd=ROOT, env=env, stdout=log, stderr=log
         )
-    print(f"{name}: {'done' if done.returncode == 0 else f'FAILED, see {runs / name}/console.log'}", flush=True)
+        start, peak = time.monotonic(), 0
+        while run.poll() is None:
+            time.sleep(3)
+            peak = max(peak, memory(run.pid))
+        resources = {"seconds": round(time.monotonic() - start, 1), "peak_gib": round(peak / 2**30, 2)}
+        with (runs / name / "resources.jsonl").open("a") as file:
+            file.write(json.dumps(resources) + "\n")
+    print(f"{name}: {'done' if run.returncode == 0 else f'FAILED, see {runs / name}/console.log'}", flush=True)
+
+
+def memory(pid: int) -> int:
+    """Bytes held by a process and all its children, shared pages counted once (PSS)."""
+    total = 0
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            total += process.memory_full_info().pss
+    return total
 
 
 def read(variant: str, seed: int, runs: Path, steps: int) -> dict | None:
@@ -85,13 +114,23 @@ def read(variant: str, seed: int, runs: Path, steps: int) -> dict | None:
         return None
     metrics = read_metrics(run / "metrics")
     accuracy = {step: a for step in sorted(metrics) if (a := val_accuracy(metrics[step])) is not None}
-    share, turns = {}, {}
+    share, turns, seconds = {}, {}, []
+    resources = [json.loads(line) for line in (run / "resources.jsonl").read_text().splitlines()]
     for step in sorted(metrics):
         row = metrics[step]
+        if "timing_s/step" in row:
+            seconds.append(row["timing_s/step"])
         if "reasoning/tokens" in row:
             share[step] = row["reasoning/tokens"] / (row["reasoning/tokens"] + row["meta_thinking/tokens"])
             turns[step] = row["dialogue/turns/mean"]
-    return {"accuracy": accuracy, "reasoning_token_share": share, "turns": turns}
+    return {
+        "accuracy": accuracy,
+        "reasoning_token_share": share,
+        "turns": turns,
+        "step_seconds": statistics.median(seconds),
+        "peak_gib": max(r["peak_gib"] for r in resources),
+        "run_seconds": resources[-1]["seconds"],  # with the start of all processes; with the cold start if it was made
+    }
 
 
 def spread(values: list[float], percent: bool = True) -> str:
@@ -125,6 +164,14 @@ def report(results: dict[str, dict[int, dict]], steps: int) -> None:
             for key, percent in (("reasoning_token_share", True), ("turns", False)):
                 for part in (slice(None, 3), slice(-3, None)):
                     cells.append(spread([statistics.mean(list(r[key].values())[part]) for r in runs], percent))
+            table.add_row(name, *cells)
+    console.print(table)
+    table = Table(title="time and memory (all processes of the run, shared pages counted once)")
+    for column in ("variant", "seconds a step (median)", "seconds in all", "peak, GiB"):
+        table.add_column(column)
+    for name in EXPERIMENTS["one model or one per role"]:
+        if runs := list(results[SAME.get(name, name)].values()):
+            cells = [spread([r[key] for r in runs], False) for key in ("step_seconds", "run_seconds", "peak_gib")]
             table.add_row(name, *cells)
     console.print(table)
 
