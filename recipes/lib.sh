@@ -1,6 +1,7 @@
 # Shared by the recipes; source it from the repository's root. Defines:
 #   need COMMAND FILE...   stop where one of a recipe's data files is missing, and name the command that makes it
 #   train NAME ARG...      python -m verl.trainer.main_ppo with the config rema_trainer, outputs under $RUNS/NAME
+#   alternate NAME ...     the same for one role after the other, a model per role
 #   sft NAME ARG...        verl's SFT trainer, the model in $RUNS/NAME/model
 #   KNOBS                  what the environment sets of the table below, for a recipe's command line
 # SMOKE=1 makes `train` and `sft` run any recipe for two real steps on CPU: other model, size and device, the rest
@@ -104,6 +105,41 @@ train() {
   # one metrics file per launch: verl would overwrite it when a run resumes
   export VERL_FILE_LOGGER_PATH=$run/metrics/$(date +%Y%m%d-%H%M%S).jsonl
   python -m verl.trainer.main_ppo --config-name rema_trainer "$@" "${extra[@]}"
+}
+
+# alternate NAME ITERATIONS MIN MAX FILTER... -- ARG...: ReMA's Algorithm 1. In each iteration first reasoning learns, then
+# meta_thinking, in a run of its own that starts from both models as they are, on those questions of TRAIN_FILES that
+# they solve with a rate from MIN to MAX. What is done is not done again. With SMOKE=1 one iteration, unfiltered.
+alternate() {
+  local name=$1 iterations=$2 min=$3 max=$4 filter=() i role other prefix=
+  shift 4
+  while [ "$1" != -- ]; do filter+=("$1"); shift; done
+  shift
+  [ "$SMOKE" != 1 ] || { iterations=1 prefix=smoke_; }
+  local -A model=()
+  for ((i = 1; i <= iterations; i++)); do
+    for role in reasoning meta_thinking; do
+      [ $role = reasoning ] && other=meta_thinking || other=reasoning
+      local phase=${name}_${i}_$role questions=$TRAIN_FILES arguments=()
+      local run=$RUNS/$prefix$phase
+      if [ ! -e "$run/model" ]; then
+        if [ "$SMOKE" != 1 ] && [ "${PRINT_OVERRIDES:-0}" != 1 ]; then
+          python data_prep/filter_difficulty.py --data "$TRAIN_FILES" --out "$run/questions" --role $role \
+            --run "${model[meta_thinking]:-$MODEL}" --reasoning-model "${model[reasoning]:-$MODEL}" \
+            --min "$min" --max "$max" --allow-missing --gpus "${GPUS:-8}" "${filter[@]}"
+          questions=$run/questions/filtered.parquet
+        fi
+        [ $role = meta_thinking ] || arguments+=(rema.answers_per_plan=1) # they reward the plan
+        [ -z "${model[$role]:-}" ] || arguments+=("rema.roles.$role.model_path=${model[$role]}")
+        [ -z "${model[$other]:-}" ] || arguments+=("rema.roles.$other.model_path=${model[$other]}")
+        train "$phase" "$@" data.train_files="$questions" actor_rollout_ref.model.path="$MODEL" \
+          "rema.roles.$other.trainable=false" "${arguments[@]}"
+        local step; step=$(cat "$run/checkpoints/latest_checkpointed_iteration.txt")
+        ln -sfn "checkpoints/global_step_$step/actor/$role/huggingface" "$run/model"
+      fi
+      model[$role]=$run/model
+    done
+  done
 }
 
 sft() {

@@ -73,6 +73,14 @@ TWO_ROLES = SINGLE_TURN | {
     "rema.answers_per_plan": 4,
 }
 
+# Algorithm 1: the low level first, with the high level frozen. (The planner's answers count in its own phase only.)
+SEPARATE = TWO_ROLES | {
+    "trainer.v1.trainer_mode": "rema_separate",
+    "rema.roles.reasoning.trainable": True,
+    "rema.roles.meta_thinking.trainable": False,
+    "rema.answers_per_plan": 1,
+}
+
 # Multi-turn set-up: GRPO, 128 prompts x 16 trajectories, 4 mini-batches, lr 1e-6, no KL, log-ratio clipped at 3.0, 500
 # steps, max prompt 4096, validation every 10 steps, 32 GPUs; authors' code: clip 0.2, dual clip 3, entropy 0, mean over
 # a trajectory's turns, reward 0 unless finished. Reported: 30 turns of 512 tokens.
@@ -159,6 +167,21 @@ RECIPES = {
         MINI | {"data.max_response_length": 1024, "data.max_prompt_length": 3072},
     ),
     "rema_qwen25_7b_mini133_token_ratio": (COLD, MINI | {f"{ACTOR}.policy_loss.loss_mode": "vanilla"}),
+    "rema_qwen25_7b_mini133_separate": (
+        COLD,
+        MINI
+        | {
+            "trainer.v1.trainer_mode": "rema_separate",
+            "rema.switch.level": "step",
+            "rema.switch.freq": 10,
+            "rema.switch.start": "meta_thinking",
+        },
+    ),
+    "rema_separate_llama3_8b_math": (LLAMA3, SEPARATE | {EPISODES: 4}),
+    "rema_separate_llama31_8b_math": (LLAMA31, SEPARATE | {EPISODES: 4}),
+    "rema_separate_qwen25_7b_math": (QWEN, SEPARATE | {EPISODES: 4}),
+    "rema_separate_llama31_8b_judge": (LLAMA31, SEPARATE | {EPISODES: 2, "rema.task": "judge"}),
+    "rema_separate_qwen25_7b_judge": (QWEN, SEPARATE | {EPISODES: 1, "rema.task": "judge"}),
     "rema_llama8b_math": (LLAMA31, MULTI_TURN | {"gpus": 8}),
     "grpo_qwen25_7b_math": (QWEN_BASE, GRPO),
     "grpo_llama8b_math": (LLAMA31, GRPO | {"gpus": 8}),
@@ -171,6 +194,14 @@ RECIPES = {
         QWEN_MATH,
         TWO_ROLES | BINARY | {"rema.reward.meta_thinking": "final", "rema.answers_per_plan": 1},
     ),
+}
+# recipe -> update iterations, and the success rates that keep a question
+ALTERNATING = {
+    "rema_separate_llama3_8b_math": (3, 0.2, 0.8),
+    "rema_separate_llama31_8b_math": (3, 0.2, 0.8),
+    "rema_separate_qwen25_7b_math": (10, 0.2, 0.8),
+    "rema_separate_llama31_8b_judge": (1, 0.2, 0.8),
+    "rema_separate_qwen25_7b_judge": (1, 0.1, 0.9),
 }
 SUPERVISED = {"rema_sft_qwen25_7b"}
 
@@ -340,6 +371,48 @@ def test_controls_quote_the_papers_results_and_read_data_with_their_own_prompt(r
         trained, untrained = (f"{results[name][column]:.2f}" for name in (f"{method}_rl", "vrp"))
         assert trained in index and trained in header(recipe)["Expected"]
         assert untrained in header(recipe)["Expected"]
+
+
+@pytest.mark.parametrize("recipe", ALTERNATING)
+def test_roles_learn_one_after_the_other(recipe, tmp_path):
+    """What `alternate` starts, with stand-ins for Python and the models that each run would leave."""
+    iterations, low, high = ALTERNATING[recipe]
+    stand_in = tmp_path / "bin" / "python"
+    stand_in.parent.mkdir()
+    stand_in.write_text(
+        """#!/bin/bash
+echo "$@" >> "$CALLS"
+for argument in "$@"; do
+  case $argument in trainer.default_local_dir=*) mkdir -p "${argument#*=}"
+    echo 7 > "${argument#*=}/latest_checkpointed_iteration.txt"
+    for role in reasoning meta_thinking; do mkdir -p "${argument#*=}/global_step_7/actor/$role/huggingface"; done;; esac
+done
+"""
+    )
+    stand_in.chmod(0o755)
+    files = {"TRAIN_FILES": __file__, "VAL_FILES": __file__, "MODEL": "base", "RUNS": str(tmp_path / "runs")}
+    environment = {"PATH": f"{stand_in.parent}:/usr/bin:/bin", "CALLS": str(tmp_path / "calls"), **files}
+    for _ in range(2):  # the second time everything is there
+        subprocess.run(["bash", f"recipes/{recipe}.sh"], cwd=REPO, env=environment, check=True, capture_output=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert len(calls) == 2 * 2 * iterations
+
+    models = dict.fromkeys(ROLES, "base")
+    for i in range(2 * iterations):
+        role, other = ROLES[::-1] if i % 2 == 0 else ROLES
+        run = f"{tmp_path}/runs/{recipe}_{i // 2 + 1}_{role}"
+        kept, trained = calls[2 * i].split(), calls[2 * i + 1].split()
+        assert kept[0] == "data_prep/filter_difficulty.py"
+        options = dict(zip(kept[1::2], kept[2::2], strict=False))
+        assert (options["--role"], float(options["--min"]), float(options["--max"])) == (role, low, high)
+        assert (options["--run"], options["--reasoning-model"]) == tuple(models[r] for r in ROLES)
+        assert f"data.train_files={options['--out']}/filtered.parquet" in trained
+        assert f"trainer.default_local_dir={run}/checkpoints" in trained
+        assert f"rema.roles.{other}.trainable=false" in trained and f"rema.roles.{role}.trainable=false" not in trained
+        assert ("rema.answers_per_plan=1" in trained) == (role == "reasoning")
+        for r in ROLES:
+            assert (f"rema.roles.{r}.model_path={models[r]}" in trained) == (models[r] != "base")
+        models[role] = f"{run}/model"
 
 
 def test_knobs_outrank_the_recipe_and_the_command_line_outranks_both():

@@ -33,7 +33,6 @@ SEPARATE = [
     "trainer.v1.trainer_mode=rema_separate",
     "rema.switch.start=meta_thinking",
     "rema.switch.freq=3",
-    "ray_kwargs.ray_init.num_cpus=8",  # Ray's actors of two models; they share the real cores
 ]
 SOFTRANKPO = ["algorithm.adv_estimator=softrankpo"]
 
