@@ -46,6 +46,7 @@ if [ ! -e "$COLD_START/model.safetensors" ]; then
     engine.strategy=fsdp2 \
     engine.model_dtype=fp32 \
     engine.dtype=float32 \
+    +engine.mixed_precision.param_dtype=fp32 \
     engine.use_torch_compile=False \
     optim.lr=2e-3 \
     optim.betas='[0.9,0.95]' \

@@ -1,0 +1,177 @@
+"""Trainer mode `rema_separate` for real: who is frozen stays frozen, and a killed run ends where it would have ended.
+
+Two models of 0.4 M parameters, four steps: meta_thinking learns in the first two, reasoning in the last two.
+One run goes through. The other is killed while meta_thinking learns, resumed, killed while reasoning learns, resumed.
+"""
+
+import hashlib
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import REPO
+
+from rema_verl.dialogue import META_THINKING, REASONING, ROLES
+
+sys.path.insert(0, str(REPO / "recipes"))
+from watch import read_metrics
+
+pytestmark = pytest.mark.slow
+STEPS, TURN = 4, 2
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """Sums, and a model per role that gets about half of them right."""
+    folder = tmp_path_factory.mktemp("separate")
+    rows = [
+        {
+            "data_source": "sums",
+            "prompt": [{"role": "user", "content": f"{n} + {n % 7}?"}],
+            "reward_model": {"style": "rule", "ground_truth": str(n + n % 7)},
+        }
+        for n in range(16)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "sums.parquet")
+    (folder / "recipe.txt").write_text("rema.max_turns=2\n")
+    for seed, role in enumerate(ROLES):
+        files = [f"--{split}={folder}/sums.parquet" for split in ("train", "val")]
+        arguments = [f"--overrides={folder}/recipe.txt", f"--out={folder}/{role}", f"--seed={seed}", "--rows=16"]
+        importlib.import_module("build_smoke").main([*files, *arguments])
+    return folder
+
+
+def command(inputs: Path, run: Path) -> list[str]:
+    config = {
+        "data.train_files": inputs / "sums.parquet",
+        "data.val_files": inputs / "sums.parquet",
+        "data.train_batch_size": 4,
+        "data.max_prompt_length": 768,
+        "data.max_response_length": 32,
+        "data.seed": 0,
+        "rema.max_turns": 2,
+        "rema.seed": 0,
+        "rema.roles.meta_thinking.model_path": inputs / META_THINKING / "model",
+        "rema.roles.reasoning.model_path": inputs / REASONING / "model",
+        "rema.switch.start": META_THINKING,
+        "rema.switch.freq": TURN,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 8,
+        "actor_rollout_ref.actor.optim.lr": 1e-3,
+        "actor_rollout_ref.rollout.n": 4,
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 8,
+        "actor_rollout_ref.rollout.max_num_batched_tokens": 2048,
+        "trainer.v1.trainer_mode": "rema_separate",
+        "trainer.total_training_steps": STEPS,
+        "trainer.total_epochs": 100,
+        "trainer.save_freq": 1,
+        "trainer.test_freq": -1,
+        "trainer.val_before_train": "false",
+        "trainer.default_local_dir": run / "checkpoints",
+        "hydra.run.dir": run / "hydra",
+    }
+    start = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", "rema_trainer", "+device=cpu"]
+    return start + [f"{key}={value}" for key, value in config.items()]
+
+
+def environment(run: Path, launch: int = 0) -> dict[str, str]:
+    (run / "metrics").mkdir(parents=True, exist_ok=True)
+    return {
+        "VERL_FILE_LOGGER_PATH": str(run / "metrics" / f"{launch}.jsonl"),
+        "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
+        "VERL_USE_EXTERNAL_MODULES": "probe_separate",
+        "PROBE": str(run / "said.jsonl"),
+        "OMP_NUM_THREADS": "1",
+        "TQ_NUM_THREADS": "2",
+        "RAY_AUTH_MODE": "disabled",
+    }
+
+
+def digest(value, into=None) -> str:
+    """Of every bit of a checkpoint's content."""
+    sha = into or hashlib.sha256()
+    if isinstance(value, torch.Tensor):
+        value = getattr(value, "full_tensor", lambda: value)()
+        sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, np.ndarray):
+        sha.update(value.tobytes())
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            sha.update(str(key).encode())
+            digest(value[key], sha)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            digest(item, sha)
+    else:
+        sha.update(repr(value).encode())
+    return sha.hexdigest()
+
+
+def parts(run: Path, step: int, role: str) -> dict[str, str]:
+    """Digests of a role's weights, optimiser, and schedule with random-number generators at a step."""
+    folder = run / "checkpoints" / f"global_step_{step}" / "actor" / role
+    names = ("model", "optim", "extra_state")
+    return {
+        name: digest(torch.load(folder / f"{name}_world_size_1_rank_0.pt", map_location="cpu", weights_only=False))
+        for name in names
+    }
+
+
+def wait_for_checkpoint(run: Path, step: int, process) -> None:
+    """Until the step's checkpoint is complete."""
+    tracker = run / "checkpoints" / "latest_checkpointed_iteration.txt"
+    for _ in range(6000):
+        if tracker.exists() and tracker.read_text() == str(step):
+            return
+        assert process.process.poll() is None, process.text()[-3000:]
+        time.sleep(0.1)
+    raise AssertionError(f"no checkpoint of step {step}: {process.text()[-3000:]}")
+
+
+def test_frozen_stays_frozen_and_a_killed_run_ends_where_it_would_have(inputs, tmp_path, start):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    through = start(command(inputs, whole), **environment(whole))
+    for launch, step in enumerate((1, TURN + 1)):
+        process = start(command(inputs, killed), **environment(killed, launch))
+        wait_for_checkpoint(killed, step, process)
+        process.kill()  # in the step after it, the second of the role's turn
+    last = start(command(inputs, killed), **environment(killed, launch=2))
+    assert last.wait(600) == 0, last.text()[-3000:]
+    assert through.wait(600) == 0, through.text()[-3000:]
+
+    at = {role: [parts(whole, step, role) for step in range(1, STEPS + 1)] for role in ROLES}
+    said: dict[str, list] = {role: [] for role in ROLES}
+    for line in map(json.loads, (whole / "said.jsonl").read_text().splitlines()):
+        said[line["role"]].append((line["ids"], line["log_probs"]))
+    frozen = {META_THINKING: slice(TURN - 1, STEPS), REASONING: slice(0, TURN)}
+    for role in ROLES:
+        assert all(state == at[role][frozen[role]][0] for state in at[role][frozen[role]])
+        assert all(answer == said[role][frozen[role]][0] for answer in said[role][frozen[role]])
+        learnt = slice(0, TURN) if role == META_THINKING else slice(TURN - 1, STEPS)
+        for name in ("model", "optim"):
+            assert len({state[name] for state in at[role][learnt]}) == len(at[role][learnt])
+        assert len({json.dumps(log_probs) for _, log_probs in said[role][learnt]}) == len(said[role][learnt])
+
+    metrics = read_metrics(whole / "metrics")
+    for step in range(1, STEPS + 1):
+        learning, idle = ROLES if step <= TURN else ROLES[::-1]
+        assert metrics[step]["switch/phase"] == (step - 1) // TURN
+        assert metrics[step][f"switch/{learning}"] == 1 and metrics[step][f"switch/{idle}"] == 0
+        assert metrics[step][f"{learning}/actor/grad_norm"] > 0
+        assert not any(key.startswith(f"{idle}/actor/") for key in metrics[step])
+        assert metrics[step]["training/rollout_probs_diff_max"] < 1e-4
+
+    resumed = read_metrics(killed / "metrics")
+    for step in range(1, STEPS + 1):
+        assert resumed[step]["reward/acc/mean"] == metrics[step]["reward/acc/mean"]
+    for role in ROLES:
+        assert parts(killed, STEPS, role) == at[role][-1]
+    assert os.listdir(whole / "checkpoints" / f"global_step_{STEPS}" / "actor" / REASONING / "huggingface")
