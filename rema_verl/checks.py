@@ -11,7 +11,7 @@ import sys
 
 from omegaconf import DictConfig, OmegaConf
 
-from rema_verl.config import ReMAConfig, role_config
+from rema_verl.config import ReMAConfig, mpdf, role_config
 from rema_verl.dialogue import META_THINKING, ROLES, Dialogue
 
 MODES = ("rema", "rema_separate")
@@ -36,6 +36,8 @@ def check(config: DictConfig) -> None:
     Raises:
         ValueError: for the first mistake found.
     """
+    if mpdf.uses_mpdf(config):
+        mpdf.check(config)
     if not uses_rema(config):
         return
     rema = ReMAConfig.of(config)
@@ -48,11 +50,11 @@ def check(config: DictConfig) -> None:
     if config.actor_rollout_ref.rollout.agent.default_agent_loop == "rema":
         separate = config.trainer.v1.trainer_mode == "rema_separate"
         for role in ROLES if separate else ROLES[:1]:
-            path = rema.roles[role].model_path
+            own_path = rema.roles[role].model_path
             check_tokenizer(
                 role_config(config, role) if separate else config,
                 rema,
-                "actor_rollout_ref.model.path" if path is None else f"rema.roles.{role}.model_path",
+                "actor_rollout_ref.model.path" if own_path is None else f"rema.roles.{role}.model_path",
             )
 
 
@@ -130,11 +132,15 @@ def check_roles(config: DictConfig, rema: ReMAConfig) -> None:
             )
         if rema.switch.start is not None and rema.switch.start not in trainable:
             raise ConfigError(f"rema.switch.start={rema.switch.start} is not trainable")
+        if all(rema.roles[role].n_gpus_per_node for role in trainable):
+            raise ConfigError(
+                "rema.roles: leave n_gpus_per_node unset for a role that is trainable; it gets trainer.n_gpus_per_node"
+            )
         for role in ROLES:
             role_config(config, role)  # names an override that verl does not know
         return
     for role, options in rema.roles.items():
-        for key, default in (("model_path", None), ("trainable", True), ("overrides", {})):
+        for key, default in (("model_path", None), ("trainable", True), ("n_gpus_per_node", None), ("overrides", {})):
             if (value := getattr(options, key)) != default:
                 raise ConfigError(f"rema.roles.{role}.{key}={value} needs trainer.v1.trainer_mode=rema_separate")
         if (own := options.sampling()) and not config.trainer.get("val_only"):
@@ -224,10 +230,11 @@ def check_json_lines(path: str, key: str, prompt_key: str) -> None:
 def check_row(row: dict, where: str, prompt_key: str) -> None:
     """One row has a question (a user message) and a ground truth."""
     prompt, reward_model = row.get(prompt_key), row.get("reward_model")
+    reward_model = reward_model if isinstance(reward_model, dict) else {}
     messages = [m for m in prompt if isinstance(m, dict)] if isinstance(prompt, list) else []
     if not any(m.get("role") == "user" and str(m.get("content") or "").strip() for m in messages):
         raise ConfigError(f"{where}: '{prompt_key}' has no question (user message)")
-    truth = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
+    truth = reward_model.get("ground_truth")
     if truth is None or not str(truth).strip():
         raise ConfigError(f"{where}: 'reward_model' has no ground_truth")
     if reward_model.get("style") == "verdict" and truth not in ("A", "B"):

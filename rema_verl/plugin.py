@@ -22,6 +22,7 @@ CONTENTS: dict[str, dict[str, str]] = {
     # actor_rollout_ref.rollout.agent.default_agent_loop
     "verl.experimental.agent_loop.agent_loop": {
         "rema": "rema_verl.agent_loops.rema",
+        "mpdf": "rema_verl.agent_loops.mpdf",
     },
     # actor_rollout_ref.actor.policy_loss.loss_mode and algorithm.adv_estimator
     "verl.trainer.ppo.core_algos": {
@@ -33,15 +34,18 @@ CONTENTS: dict[str, dict[str, str]] = {
     # reward.reward_manager.name
     "verl.experimental.reward_loop.reward_manager.registry": {
         "rema": "rema_verl.rewards.rema",
+        "mpdf": "rema_verl.rewards.mpdf",
     },
     # trainer.v1.trainer_mode
     "verl.trainer.ppo.v1.trainer_base": {
         "rema": "rema_verl.trainers.rema",
         "rema_separate": "rema_verl.trainers.separate",
+        "mpdf": "rema_verl.trainers.mpdf",
     },
     # --config-name, and config groups such as +device=cpu
     "hydra.main": {
         "rema_trainer": "rema_verl.config.searchpath",
+        "mpdf_trainer": "rema_verl.config.searchpath",
     },
     # VERL_PLATFORM (at once: verl picks its platform early)
     "verl.plugin.platform": {
@@ -75,6 +79,10 @@ def _import_loudly(module: str) -> None:
         _die(f"could not load {module}: {type(e).__name__}: {e}")
 
 
+def _importer(module: str):
+    return lambda _: _import_loudly(module)
+
+
 def register() -> None:
     """Register every name in ``CONTENTS`` and apply the shims of :mod:`rema_verl.compat`."""
     import wrapt
@@ -84,7 +92,7 @@ def register() -> None:
     _check_verl_version()
     for registry, names in CONTENTS.items():
         for module in dict.fromkeys(names.values()):
-            wrapt.register_post_import_hook(lambda _, module=module: _import_loudly(module), registry)
+            wrapt.register_post_import_hook(_importer(module), registry)
     compat.apply()
 
 

@@ -143,6 +143,14 @@ BAD_SEPARATE = {
     "no model": (["rema.roles.reasoning.model_path=/nowhere"], "rema.roles.reasoning.model_path=/nowhere: cannot load"),
     "override": (["+rema.roles.reasoning.overrides.actor.lr=1"], "rema.roles.reasoning.overrides: Key 'lr'"),
     "trainable": (["rema.roles.reasoning.trainable=maybe"], "trainable must be true or false, got 'maybe'"),
+    "GPUs for both": (
+        ["rema.roles.reasoning.n_gpus_per_node=1", "rema.roles.meta_thinking.n_gpus_per_node=1"],
+        "leave n_gpus_per_node unset for a role that is trainable",
+    ),
+    "no GPUs": (["rema.roles.reasoning.n_gpus_per_node=0"], "n_gpus_per_node must be at least 1, got 0"),
+    "unknown role": (["+rema.roles.planner.model_path=x"], "rema.roles must be exactly meta_thinking and reasoning"),
+    "unknown level": (["rema.switch.level=week"], "rema.switch.level must be one of step, epoch, none, got 'week'"),
+    "freq": (["rema.switch.freq=0"], "rema.switch.freq must be a whole number of at least 1, got 0"),
     "critic": (["algorithm.adv_estimator=gae"], "trainer.v1.trainer_mode=rema_separate has no critic"),
 }
 

@@ -24,6 +24,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from verl import DataProto
 from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
@@ -32,7 +33,7 @@ from verl.experimental.reward_loop.reward_manager.registry import register
 from rema_verl.config import ReMAConfig, RewardConfig
 from rema_verl.dialogue import META_THINKING, REASONING, ROLES, StopReason
 from rema_verl.rewards.grading import grade, last_boxed
-from rema_verl.rewards.judge import verdict
+from rema_verl.rewards.judge import final_answer, is_verdict, same_answer, verdict
 
 REPEATS = 0.5  # a turn with more than this share of words in runs said before gets no bonus
 RUN = 4  # words
@@ -85,7 +86,7 @@ class ReMARewardManager(RewardManagerBase):
         reward = reasoning_reward(self.rema.reward, outcome, finished or not self.rema.mask_unfinished)
         rewards = {META_THINKING: reward, REASONING: reward}
 
-        info = {}
+        info: dict[str, Any] = {}
         if self.rema.reward.meta_thinking != "final":
             leak = any(has_answer(message, row) for message in messages[META_THINKING])
             rewards[META_THINKING] = self.rema.reward.leak if leak else await self._plan_reward(row, fields, outcome)
@@ -136,7 +137,7 @@ class ReMARewardManager(RewardManagerBase):
             result = await self.compute_score(**call)
         else:
             result = await asyncio.to_thread(self.compute_score, **call)
-        details = result if isinstance(result, dict) else {"score": result}
+        details: dict[str, Any] = result if isinstance(result, dict) else {"score": result}
         return Outcome(float(details.get("acc", details["score"])), "custom", score=float(details["score"]))
 
     async def _plan_reward(self, row: dict, fields: dict, first: Outcome) -> float:
@@ -195,7 +196,8 @@ def turn_bonuses(messages: list[str], bonus: float) -> list[float]:
     >>> turn_bonuses(["add one to both sides now", "add one to both sides now", "then divide by two"], 0.3)
     [0.1, 0.0, 0.1]
     """
-    shares, heard = [], set()
+    shares: list[float] = []
+    heard: set[tuple[str, ...]] = set()
     for message in messages:
         words = message.split()
         runs = {tuple(words[i : i + RUN]) for i in range(max(len(words) - RUN + 1, 1))} if words else set()
@@ -216,25 +218,9 @@ def judge_answer(answer: str, truth: object, row: dict, timeout: float) -> Outco
     return Outcome(float(result.correct), result.status, answered=result.correct or last_boxed(answer) is not None)
 
 
-def is_verdict(row: dict) -> bool:
-    return row["reward_model"].get("style") == "verdict"
-
-
-def final_answer(text: str, row: dict) -> str | None:
-    """The definite answer in ``text``, if there is one."""
-    return verdict(text) if is_verdict(row) else last_boxed(text)
-
-
 def has_answer(plan: str, row: dict) -> bool:
     """Whether a plan gives an answer in the form that answers have."""
     return final_answer(plan, row) is not None
-
-
-def same_answer(row: dict, timeout: float) -> Callable[[str, str], bool]:
-    """Equality of two final answers."""
-    if is_verdict(row):
-        return str.__eq__
-    return lambda a, b: a == b or grade(f"\\boxed{{{a}}}", b, timeout).correct
 
 
 def consistency(answers: list[str | None], same: Callable[[str, str], bool]) -> float:

@@ -1,0 +1,192 @@
+"""Build the synthetic task for MPDF's frozen agents: arithmetic with slips, a critic and a second attempt.
+
+    python data_prep/build_tiny_mpdf.py --out data/tiny_mpdf
+
+SYNTHETIC: made for tests and the quickstart, not a benchmark of anything. How good a solver, a critic and a second
+attempt are is written into the supervised data below; the model learns it as a distribution and samples from it.
+
+The question is a chain of one-digit numbers, worked from left to right, modulo 5:
+
+    question     3*4-2
+    solve        3*4=2;2-2=0 \\boxed{0}, then the profile   a product is wrong half of the time, mostly by one
+    critic       3*4=2;2-2=0, then the verdict             works it out again with few slips, and compares
+    refine       as solve, with fewer slips                does not look at the first attempt: it mends and it breaks
+    debate       as refine                                 the same skill, whatever the others say
+    act          an action, any as likely                  for the LLM as its own meta-policy
+
+So agents disagree, a vote often falls for the shared slip, and the critic knows more than the solver.
+
+Written to ``--out``: ``model/`` (random weights, own tokenizer), ``sft.parquet`` (verl's SFT format), ``train.parquet``
+and ``val.parquet`` (verl's RL format, no question in common), ``prompts.json`` (for --prompts), ``manifest.json``.
+"""
+
+import itertools
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+from _common import Parser, UserError, positive_int, run_main, write_outputs
+from build_tiny import CHAT_TEMPLATE, MODULUS, apply, build_model, rl_row, text_of
+
+PROMPTS = {kind: kind for kind in ("solve", "critic", "refine", "vanilla", "cot", "debate", "act")}  # short rows
+OPERANDS = 3
+OPERATORS = "+-**"  # as often as they stand here
+AGENTS = 3  # whose solutions a debate shows
+# probability of a slip, by operator
+SOLVE = {"+": 0.1, "-": 0.1, "*": 0.5}
+AGAIN = {"+": 0.1, "-": 0.1, "*": 0.4}  # refine and debate
+CHECK = {"+": 0.04, "-": 0.04, "*": 0.08}  # the critic's own calculation
+SHARED = 0.75  # of the slips are off by one, the rest by anything
+AGREES = (0.02, 0.08, 0.15, 0.35, 0.4)  # how often each verdict is given where the critic's result is the same
+KINDS = {"solve": 8, "critic": 8, "refine": 6, "cot": 1, "vanilla": 1, "debate": 1, "act": 1}  # shares of the rows
+
+Question = tuple[list[int], list[str]]
+
+
+def work_out(question: Question, slips: dict[str, float], rng: random.Random) -> tuple[str, int]:
+    """The chain as text, and its result."""
+    numbers, operators = question
+    value, steps = numbers[0], []
+    for operator, number in zip(operators, numbers[1:], strict=True):
+        result = apply(value, operator, number)
+        if rng.random() < slips[operator]:
+            result = (result + (1 if rng.random() < SHARED else rng.randrange(1, MODULUS))) % MODULUS
+        steps.append(f"{value}{operator}{number}={result}")
+        value = result
+    return ";".join(steps), value
+
+
+def solution(question: Question, slips: dict[str, float], rng: random.Random, profile: bool = True) -> str:
+    """A solution as an agent writes it. It is less sure of itself the more products there are."""
+    text, value = work_out(question, slips, rng)
+    text += f" \\boxed{{{value}}}"
+    if not profile:
+        return text
+    sure = (90, 60, 30)[min(question[1].count("*"), 2)]
+    return f"{text}\nPROFILE: steps={len(question[1])}; ops=arithmetic; confidence={sure}"
+
+
+def verdict(question: Question, text: str, rng: random.Random) -> str:
+    """A critic's reply about a solution."""
+    from rema_verl.deliberation.protocol import VERDICTS, parse_solution
+
+    steps, value = work_out(question, CHECK, rng)
+    agrees = parse_solution(text).answer == str(value)
+    return f"{steps}\nVERDICT: {rng.choices(VERDICTS, AGREES if agrees else AGREES[::-1])[0]}"
+
+
+def chat(kind: str, question: Question, rng: random.Random) -> list[dict[str, str]]:
+    """One call and its reply."""
+    from rema_verl.deliberation.protocol import ACTIONS, Prompts, messages, show, show_peers
+
+    texts = [solution(question, rng.choice([SOLVE, AGAIN]), rng) for _ in range(AGENTS)]
+    values = {"question": text_of(*question), "solution": texts[0], "confidence": show(rng.randrange(5) / 4)}
+    values["peers"] = show_peers(texts[1:], [rng.randrange(5) / 4 for _ in texts[1:]] if kind == "act" else None)
+    if kind == "critic":
+        reply = verdict(question, texts[0], rng)
+    elif kind == "act":
+        action = rng.choice(ACTIONS)
+        reply = f"<action>{action}</action>" + (solution(question, AGAIN, rng) if action == "refine" else "")
+    elif kind == "vanilla":
+        reply = f"\\boxed{{{work_out(question, SOLVE, rng)[1]}}}"
+    else:
+        slips = AGAIN if kind in ("refine", "debate") else SOLVE
+        reply = solution(question, slips, rng, profile=kind in ("solve", "refine"))
+    return [*messages(kind, Prompts(**PROMPTS), **values), {"role": "assistant", "content": reply}]
+
+
+def all_questions(rng: random.Random) -> list[Question]:
+    """Every question once, in random order, those with products more often early."""
+    weights = {o: OPERATORS.count(o) for o in OPERATORS}
+    found = [
+        (list(numbers), list(operators))
+        for numbers in itertools.product(range(MODULUS), repeat=OPERANDS)
+        for operators in itertools.product(weights, repeat=OPERANDS - 1)
+    ]
+
+    # Efraimidis and Spirakis: a weighted order without replacement
+    def place(question: Question) -> float:
+        weight = 1
+        for operator in question[1]:
+            weight *= weights[operator]
+        return rng.random() ** (1 / weight)
+
+    return sorted(found, key=place, reverse=True)
+
+
+def build_tokenizer(corpus: Sequence[str], vocabulary: int = 384):
+    """Digits and operators are tokens of their own; the text between them is as few tokens as its frequency allows."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[0-9+*-]"), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary + len(alphabet), special_tokens=special, initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=special[2:],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=1024,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("data/tiny_mpdf"))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=positive_int, default=600, help="questions to deliberate on")
+    parser.add_argument("--val", type=positive_int, default=300, help="held-out questions")
+    parser.add_argument("--sft", type=positive_int, default=24_000, help="supervised calls")
+    parser.add_argument("--hidden", type=positive_int, default=128)
+    parser.add_argument("--layers", type=positive_int, default=3)
+    args = parser.parse_args(argv)
+
+    rng = random.Random(args.seed)
+    questions = all_questions(rng)
+    if args.train + args.val > len(questions):
+        raise UserError(f"--train {args.train} and --val {args.val}: there are only {len(questions):,} questions")
+    held_out, rest = questions[: args.val], questions[args.val :]
+    splits = {
+        name: [rl_row(*question, split=name, index=i) for i, question in enumerate(some)]
+        for name, some in (("train", rest[: args.train]), ("val", held_out))
+    }
+    for row in (row for rows in splits.values() for row in rows):
+        row["data_source"] = "tiny_mpdf_synthetic"
+    kinds = rng.choices(list(KINDS), list(KINDS.values()), k=args.sft)
+    sft = [{"messages": chat(kind, rng.choice(rest), rng), "kind": kind} for kind in kinds]
+
+    # a message each: what the template puts between them is special tokens
+    tokenizer = build_tokenizer([m["content"] for row in sft[:6000] for m in row["messages"]])
+    model = build_model(tokenizer, args.out / "model", args.seed, args.hidden, args.layers)
+    write_outputs(
+        args.out,
+        {f"{name}.parquet": pa.Table.from_pylist(rows) for name, rows in {**splits, "sft": sft}.items()},
+        {
+            "synthetic": True,
+            "task": "left-to-right arithmetic modulo 5 with slips, for MPDF",
+            "seed": args.seed,
+            "arguments": {k: str(v) for k, v in vars(args).items()},
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "vocabulary": len(tokenizer),
+            "slips": {"solve": SOLVE, "refine": AGAIN, "critic": CHECK, "off_by_one": SHARED},
+        },
+        {"prompts.json": PROMPTS},
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,137 @@
+# Shared by the mpdf_*.sh recipes; source it. Defines:
+#   mpdf_stages NAME PAPER    stages 0 to 3 for $MODEL on $TRAIN_FILES and $VAL_FILES, everything under $RUNS/NAME
+#   mpdf_train NAME ARG...    verl's main_ppo with the config mpdf_trainer: the LLM as its own meta-policy
+#   tiny_mpdf FOLDER SEED N   the synthetic task, and a tiny model after N supervised steps, in FOLDER
+# Killed, the same command goes on. SMOKE=1 runs all stages on CPU with a tiny synthetic model and few questions.
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+
+# the paper's, where it states one: 3 agents, 3 rounds, tau 0.5
+AGENTS=${AGENTS:-3}
+ROUNDS=${ROUNDS:-3}
+TAU=${TAU:-0.5}
+# ours: the paper states neither sizes nor rates
+TEMPERATURE=${TEMPERATURE:-0.7}
+MAX_TOKENS=${MAX_TOKENS:-1024}
+CONTEXT=${CONTEXT:-12288}
+SAMPLES=${SAMPLES:-1} # deliberations on each training question
+QUESTIONS=${QUESTIONS:-2000}
+EVAL_SAMPLES=${EVAL_SAMPLES:-1}
+BETA=${BETA:-0.25}
+EPOCHS=${EPOCHS:-30}
+MPDF_SEED=${SEED:-0}
+MPDF_DEVICE=${DEVICE:-gpu}
+IN_FLIGHT=${IN_FLIGHT:-64}
+
+tiny_mpdf() { # FOLDER SEED SFT_STEPS: task, model and cold start in FOLDER; the model is FOLDER/model
+  local start=$1 seed=$2 steps=$3
+  mkdir -p "$start"
+  [ -e "$start/data/manifest.json" ] || python data_prep/build_tiny_mpdf.py --out "$start/data" --seed "$seed"
+  local tuned=$start/cold_start/global_step_$steps/huggingface
+  if [ ! -e "$tuned/model.safetensors" ]; then
+    python recipes/watch.py --title "cold start" --log "$start/cold_start.log" --steps "$steps" -- \
+      torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \
+      hydra.run.dir="$start/hydra_sft" \
+      data.train_files="$start/data/sft.parquet" \
+      data.train_batch_size=128 \
+      data.micro_batch_size_per_gpu=32 \
+      data.use_dynamic_bsz=False \
+      data.max_length=192 \
+      data.num_workers=0 \
+      model.path="$start/data/model" \
+      model.use_remove_padding=True \
+      model.enable_gradient_checkpointing=False \
+      +model.override_config.attn_implementation=sdpa \
+      engine.strategy=fsdp2 \
+      engine.model_dtype=fp32 \
+      engine.dtype=float32 \
+      +engine.mixed_precision.param_dtype=fp32 \
+      engine.use_torch_compile=False \
+      optim.lr=2e-3 \
+      optim.betas='[0.9,0.95]' \
+      optim.weight_decay=0.0 \
+      optim.lr_scheduler_type=cosine \
+      optim.lr_warmup_steps=20 \
+      checkpoint.save_contents='[hf_model]' \
+      trainer.device=cpu \
+      trainer.seed="$seed" \
+      trainer.default_local_dir="$start/cold_start" \
+      trainer.logger='[console]' \
+      trainer.total_training_steps="$steps" \
+      trainer.total_epochs=100 \
+      trainer.save_freq="$steps" \
+      trainer.resume_mode=disable
+  fi
+  ln -sfn "$(realpath --relative-to="$start" "$tuned")" "$start/model"
+}
+
+mpdf_stages() {
+  local name=$1 paper=${2:-} run prompts=()
+  [ "$SMOKE" != 1 ] || name=smoke_$name
+  run=$RUNS/$name
+  mkdir -p "$run"
+  only_one_run_in "$run"
+  if [ "$SMOKE" = 1 ]; then
+    tiny_mpdf "$run/inputs" 0 "${SFT_STEPS:-60}"
+    MODEL=$run/inputs/model TRAIN_FILES=$run/inputs/data/train.parquet VAL_FILES=$run/inputs/data/val.parquet
+    QUESTIONS=8 EVAL_QUESTIONS=8 MAX_TOKENS=32 CONTEXT=256 TEMPERATURE=1.0 IN_FLIGHT=8 MPDF_DEVICE=cpu
+    prompts=(--prompts "$run/inputs/data/prompts.json")
+  fi
+  [ "${#MPDF_PROMPTS[@]}" = 0 ] || prompts=("${MPDF_PROMPTS[@]}")
+  local served=(
+    --model "$MODEL" --agents "$AGENTS" --rounds "$ROUNDS" --temperature "$TEMPERATURE" --max-tokens "$MAX_TOKENS"
+    --context "$CONTEXT" --in-flight "$IN_FLIGHT" --seed "$MPDF_SEED" "${prompts[@]}"
+    --device "$MPDF_DEVICE" --gpus "${GPUS:-1}" --nodes "${NODES:-1}" --tensor "${TENSOR_PARALLEL:-1}"
+  )
+  local trained=(--seed "$MPDF_SEED" --epochs "$EPOCHS" --tau "$TAU" --beta "$BETA")
+
+  echo "== stage 0: states under the uniform policy"
+  python -m rema_verl.deliberation.collect "${served[@]}" \
+    --questions "$TRAIN_FILES" --limit "$QUESTIONS" --samples "$SAMPLES" --out "$run/corpus_uniform"
+  echo "== stage 1: supervised, on the best-rewarded action"
+  python -m rema_verl.deliberation.train --stage supervised "${trained[@]}" \
+    --corpus "$run/corpus_uniform" --out "$run/supervised.safetensors"
+  echo "== stage 0 again: states under the supervised policy"
+  python -m rema_verl.deliberation.collect "${served[@]}" --policy "$run/supervised.safetensors" \
+    --questions "$TRAIN_FILES" --limit "$QUESTIONS" --samples "$SAMPLES" --out "$run/corpus_supervised"
+  echo "== stage 2: SoftRankPO, offline"
+  python -m rema_verl.deliberation.train --stage softrankpo "${trained[@]}" --init "$run/supervised.safetensors" \
+    --corpus "$run/corpus_supervised" --out "$run/softrankpo.safetensors"
+  echo "== stage 3: evaluation"
+  python -m rema_verl.deliberation.evaluate "${served[@]}" --questions "$VAL_FILES" \
+    ${EVAL_QUESTIONS:+--limit "$EVAL_QUESTIONS"} --samples "$EVAL_SAMPLES" --greedy \
+    --policy supervised="$run/supervised.safetensors" softrankpo="$run/softrankpo.safetensors" --out "$run/evaluation"
+  [ -z "$paper" ] || echo "paper: $paper"
+  echo "everything is in $run"
+}
+
+mpdf_train() {
+  local name=$1; shift
+  [ "$SMOKE" != 1 ] || name=smoke_$name
+  local run=$RUNS/$name extra=()
+  set -- hydra.run.dir="$run/hydra" \
+    trainer.project_name=rema-verl trainer.experiment_name="$name" \
+    trainer.default_local_dir="$run/checkpoints" \
+    trainer.rollout_data_dir="$run/rollouts" trainer.validation_data_dir="$run/validation" \
+    "$@"
+  if [ "${PRINT_OVERRIDES:-0}" = 1 ]; then
+    printf '%s\n' "$@"
+    exit
+  fi
+  mkdir -p "$run/metrics"
+  only_one_run_in "$run"
+  if [ "$SMOKE" = 1 ]; then
+    tiny_mpdf "$run/inputs" 0 "${SFT_STEPS:-60}"
+    local inputs=$run/inputs kind
+    mapfile -t extra < <(python recipes/overrides.py rema_verl/config/device/cpu.yaml rema_verl/config/size/smoke.yaml)
+    extra+=(
+      "data.train_files=$inputs/data/train.parquet" "data.val_files=$inputs/data/val.parquet"
+      "actor_rollout_ref.model.path=$(realpath "$inputs/model")"
+    )
+    for kind in solve critic act; do extra+=("mpdf.prompts.$kind=$kind"); done
+  fi
+  export VERL_FILE_LOGGER_PATH=$run/metrics/$(date +%Y%m%d-%H%M%S).jsonl
+  python -m verl.trainer.main_ppo --config-name mpdf_trainer "$@" "${extra[@]}"
+}
+
+MPDF_PROMPTS=()
+[ "$SMOKE" != 1 ] || cpu_environment

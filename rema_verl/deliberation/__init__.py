@@ -1,0 +1,1 @@
+"""MPDF deliberation."""
