@@ -92,6 +92,7 @@ train() {
     trainer.project_name=rema-verl trainer.experiment_name="$name" \
     trainer.default_local_dir="$run/checkpoints" \
     trainer.rollout_data_dir="$run/rollouts" trainer.validation_data_dir="$run/validation" \
+    rema.trajectories.folder="$run/trajectories" \
     "$@"
   if [ "${PRINT_OVERRIDES:-0}" = 1 ]; then
     printf '%s\n' "$@"

@@ -16,7 +16,9 @@ import torch
 from conftest import REPO, Command
 from safetensors.torch import load_file
 
+from rema_verl import cli
 from rema_verl.dialogue import ROLES
+from rema_verl.report.trajectories import read_step, step_files
 
 sys.path.insert(0, str(REPO / "recipes"))
 from watch import read_metrics, val_accuracy
@@ -118,6 +120,18 @@ def test_trajectories_on_disk(quickstart):
         by_trajectory.setdefault(row["trajectory_id"], []).append(row)
     assert all(sorted(r["role"] for r in pair) == sorted(ROLES) for pair in by_trajectory.values())
     assert all(pair[0]["stop_reason"] == pair[1]["stop_reason"] for pair in by_trajectory.values())
+
+
+def test_report_of_a_real_run(quickstart, tmp_path):
+    run = quickstart[0]
+    files = step_files(run / "trajectories")
+    assert sorted(files) == list(range(1, 16))
+    kept = list(read_step(files[15]))
+    assert {"best", "worst", "longest"} <= {why for t in kept for why in t["picked"]}
+    assert all(turn["advantage"] is not None and abs(turn["log_ratio"]) < 1e-3 for t in kept for turn in t["turns"])
+    metrics = read_metrics(run / "metrics")
+    assert metrics[15]["trajectories/dropped"] == 0 and "health/lazy_share" in metrics[15]
+    assert cli.main(["report", str(run), "-o", str(tmp_path / "report.html")]) == 0
 
 
 # ------------------------------------------------------------------------------------------------ SMOKE=1

@@ -31,6 +31,9 @@ class RoleConfig:
     trainable: bool = True
     """False: a served checkpoint without trainer and optimiser."""
 
+    n_gpus_per_node: int | None = None
+    """GPUs of this role's own, beside ``trainer.n_gpus_per_node`` for the other; None: both models share those."""
+
     overrides: dict[str, Any] = field(default_factory=dict)
     """Laid over ``actor_rollout_ref`` for this role, with verl's own keys: learning rate, micro-batch, LoRA, ..."""
 
@@ -38,6 +41,9 @@ class RoleConfig:
         for key in ("temperature", "top_p", "top_k"):
             if (value := getattr(self, key)) is not None and not is_number(value):
                 raise ValueError(f"rema.roles.<role>.{key} must be a number, got {value!r}")
+        gpus = self.n_gpus_per_node
+        if gpus is not None and (isinstance(gpus, bool) or not isinstance(gpus, int) or gpus < 1):
+            raise ValueError(f"rema.roles.<role>.n_gpus_per_node must be at least 1, got {gpus!r}")
         if not isinstance(self.trainable, bool):
             raise ValueError(f"rema.roles.<role>.trainable must be true or false, got {self.trainable!r}")
         if not isinstance(self.overrides, dict):
@@ -119,6 +125,28 @@ class RewardConfig:
                 raise ValueError(f"rema.reward.{key} must be a number, got {getattr(self, key)!r}")
 
 
+@dataclass(frozen=True)
+class TrajectoriesConfig:
+    """``rema.trajectories``: which training dialogues are kept on disk (schema: rema_verl/report/trajectories.py)."""
+
+    folder: str | None = None
+    """Where; None: nowhere. One JSON-lines file per step."""
+
+    per_step: int = 32
+    """Trajectories of a step: the best, worst, longest and longest cut off, and a sample."""
+
+    max_mib: float = 512.0
+    """MiB that all files together may take; a step that does not fit pushes out the oldest."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.per_step, bool) or not isinstance(self.per_step, int) or self.per_step < 1:
+            raise ValueError(f"rema.trajectories.per_step must be a whole number of at least 1, got {self.per_step!r}")
+        if not is_number(self.max_mib) or not self.max_mib > 0:
+            raise ValueError(f"rema.trajectories.max_mib must be a positive number, got {self.max_mib!r}")
+        if self.folder is not None and not (isinstance(self.folder, str) and self.folder.strip()):
+            raise ValueError(f"rema.trajectories.folder must be a path or null, got {self.folder!r}")
+
+
 REASONING_REWARDS = ("final", "graded")
 META_THINKING_REWARDS = ("final", "correctness", "consistency")
 TASKS = ("math", "judge")
@@ -175,6 +203,9 @@ class ReMAConfig:
     journal: str | None = None
     """Folder to which every scored trajectory is appended at once, as JSON lines; None: no journal."""
 
+    trajectories: TrajectoriesConfig = field(default_factory=TrajectoriesConfig)
+    """Training dialogues kept on disk (:class:`TrajectoriesConfig`)."""
+
     poll_interval: float = 0.1
     """Seconds between two looks into the replay buffer (verl: 2.0)."""
 
@@ -227,11 +258,13 @@ class ReMAConfig:
             ValueError: for an unknown key or a value out of range, naming the key.
         """
         block: dict[str, Any] = OmegaConf.to_container(config.get("rema") or OmegaConf.create({}), resolve=True)
-        for key in ("roles", "prompts", "reward", "switch"):
+        for key in ("roles", "prompts", "reward", "switch", "trajectories"):
             if not isinstance(block.get(key, {}), dict):
                 raise ValueError(f"rema.{key} must be a mapping, got {block[key]!r}")
         if "reward" in block:
             block["reward"] = typed(RewardConfig, block["reward"], "rema.reward")
+        if "trajectories" in block:
+            block["trajectories"] = typed(TrajectoriesConfig, block["trajectories"], "rema.trajectories")
         if "switch" in block:
             block["switch"] = typed(SwitchConfig, block["switch"], "rema.switch")
         if "roles" in block:

@@ -6,7 +6,8 @@ verl's synchronous trainer does the work. What is added, in the order of a step:
 2. ``_compute_old_log_prob``  entropy per role
 3. ``_compute_advantage``     give each row its own role's reward back, and group by (prompt, role)
 4. ``_update_actor``          count mini-batches in rows, and report the clip fraction per role
-5. ``_save_checkpoint``       leave a resumable state also when the disk is full
+5. ``_compute_metrics``       health signals, and trajectories for the disk (rema_verl/report)
+6. ``_save_checkpoint``       leave a resumable state also when the disk is full
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import shutil
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +28,14 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.debug import marked_timer
 from verl.utils.tensordict_utils import assign_non_tensor_stack
 
+from rema_verl.agent_loops.rema import question_of
 from rema_verl.algorithms.advantages import role_index
 from rema_verl.config import ReMAConfig
 from rema_verl.dialogue import INVALID, JSON_ACTIONS, ROLES, StopReason
+from rema_verl.report.recorder import Recorder, note_turns
 from rema_verl.trainers.losses import role_ppo_loss
 from rema_verl.trainers.watchdog import PREFIX, Watchdog, root_cause
 
@@ -53,6 +58,7 @@ class ReMATrainer(PPOTrainerSync):
         self.rema = ReMAConfig.of(config)
         self.drawn = (0, 0)  # step, questions drawn in it
         self.rows: dict[str, dict] = {}  # TransferQueue key -> the row's extra_fields, for the current step
+        self.recorder = Recorder(config)
         super().__init__(config)
 
     def _build_replay_buffer(self):
@@ -79,7 +85,7 @@ class ReMATrainer(PPOTrainerSync):
         self.actor_rollout_wg.set_loss_fn(partial(role_ppo_loss, config=actor_config))
 
     def fit(self, agent_loop_manager) -> None:
-        with Watchdog.over(self, agent_loop_manager, interval=self.rema.watchdog_interval):
+        with self.recorder, Watchdog.over(self, agent_loop_manager, interval=self.rema.watchdog_interval):
             super().fit(agent_loop_manager)
 
     def resume_hint(self) -> str:
@@ -149,7 +155,14 @@ class ReMATrainer(PPOTrainerSync):
         update["uid"] = np.array(uids, dtype=object)
         tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=update)
         metrics.update(self._dialogue_metrics())
-        return super()._compute_advantage(batch, metrics)
+        batch = super()._compute_advantage(batch, metrics)
+        names = ["advantages", "old_log_probs", "rollout_log_probs"]
+        fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=names)
+        columns: list[Any] = [fields[name].unbind() if name in fields else [None] * len(batch) for name in names]
+        for i, role in enumerate(roles):
+            if role is not None:
+                note_turns(self.rows[batch.keys[i]], *(column[i] for column in columns))
+        return batch
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         with self._mini_batches_in_rows():
@@ -159,6 +172,19 @@ class ReMATrainer(PPOTrainerSync):
             if rows:
                 metrics[f"{role}/pg_clipfrac"] = clipped / rows
         return batch
+
+    def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, **where) -> None:
+        def about(keys: list[str]) -> list[dict]:
+            names = ["raw_prompt", "reward_model", "data_source"]
+            fields = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=names)
+            return [
+                {"question": question_of(prompt), "truth": str(model["ground_truth"]), "data_source": str(source)}
+                for prompt, model, source in zip(*(_column(fields, name) for name in names), strict=True)
+            ]
+
+        with marked_timer("record", timing_raw):
+            metrics.update(self.recorder.step(self.global_steps, self.rows, metrics, about))
+        super()._compute_metrics(batch, metrics, timing_raw, **where)
 
     def _get_required_batch_multiple(self, dp_size: int) -> int:
         with self._mini_batches_in_rows():

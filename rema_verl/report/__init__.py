@@ -1,0 +1,1 @@
+"""See a run: trajectories on disk, health signals, an offline HTML page and a terminal viewer."""
