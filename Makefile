@@ -6,7 +6,7 @@ setup:            ## make .venv (no accelerator needed)
 	bash recipes/setup_cpu.sh
 
 test: setup       ## the whole suite, end-to-end runs included
-	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy
 	$(PYTHON) -m pytest -q --durations=15 tests
 
 test-fast: setup  ## without the end-to-end runs
@@ -22,4 +22,4 @@ bench: setup      ## loss and estimator benchmarks, printed as a table
 	$(PYTHON) tests/benchmarks/algorithms.py
 
 lint: setup
-	$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .
+	$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format . && $(PYTHON) -m mypy

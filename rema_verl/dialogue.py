@@ -271,6 +271,7 @@ class Dialogue:
 
     def _first_instruction(self, message: str) -> str:
         """Reasoning's first user message."""
+        assert self.prompts is not None
         question, instruction = self.question, message
         if self.plan == "json":
             action, instruction = parse_plan(message)

@@ -11,10 +11,16 @@ MODULES = [
     "rema_verl.algorithms.turn_clip",
     "rema_verl.algorithms.turns",
     "rema_verl.config",
+    "rema_verl.agent_loops.rema",
+    "rema_verl.deliberation.objectives",
+    "rema_verl.deliberation.protocol",
+    "rema_verl.deliberation.state",
     "rema_verl.dialogue",
     "rema_verl.rewards.grading",
     "rema_verl.rewards.judge",
+    "rema_verl.rewards.mpdf",
     "rema_verl.rewards.rema",
+    "rema_verl.trainers.mpdf",
 ]
 
 

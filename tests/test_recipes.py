@@ -487,6 +487,7 @@ FAMILIES = {
     "JSON plans": "rema_json_llama32_1b_math",
     "consistency": "rema_consistency_qwen25_7b_math",
     "cold start": "rema_sft_qwen25_7b",
+    "a model per role": "rema_separate_qwen25_7b_math",
 }
 
 
@@ -504,6 +505,9 @@ def test_smoke(family, tmp_path, shared_data):
     )
     assert command.wait(600) == 0, command.text()[-3000:]
     run = tmp_path / f"smoke_{recipe}"
+    if family == "a model per role":
+        check_roles_in_turn(tmp_path, run)
+        return
     assert json.loads((run / "inputs/manifest.json").read_text())["kind_of_rows"] == (
         "SYNTHETIC" if family == "judge" else "real"
     )
@@ -541,3 +545,19 @@ def test_smoke(family, tmp_path, shared_data):
     if family == "consistency":
         assert "meta_thinking/leak_rate" in metrics[1]
         assert all(0 <= metrics[step]["meta_thinking/reward/mean"] <= 1 for step in (1, 2))
+
+
+def check_roles_in_turn(folder: Path, run: Path) -> None:
+    """Reasoning's run, then meta_thinking's, which is played against what the first one left."""
+    for role, other in (("reasoning", "meta_thinking"), ("meta_thinking", "reasoning")):
+        own = folder / f"{run.name}_1_{role}"
+        metrics = read_metrics(own / "metrics")
+        assert all(metrics[step][f"{role}/actor/grad_norm"] > 0 for step in (1, 2))
+        assert not any(key.startswith(f"{other}/actor/") for step in metrics for key in metrics[step])
+        assert [path.name for path in (own / "checkpoints/global_step_2/actor").iterdir()] == [role]
+        before, after = (load_file(own / m / "model.safetensors") for m in ("inputs/model", "model"))
+        assert [name for name, weight in before.items() if torch.equal(weight, after[name].float())] == []
+    left = json.loads((folder / f"{run.name}_1_meta_thinking/inputs/manifest.json").read_text())
+    assert left["kind_of_rows"] == "real"
+    overrides = (folder / f"{run.name}_1_meta_thinking/inputs/recipe.txt").read_text()
+    assert f"rema.roles.reasoning.model_path={folder / f'{run.name}_1_reasoning'}/model" in overrides

@@ -115,9 +115,9 @@ class ReMAAgentLoop(AgentLoopBase):
         super().__init__(*args, **kwargs)
         self.rema = ReMAConfig.of(self.config)
         self.seats = {role: self._seat(role) for role in ROLES}
-        kwargs = json.dumps(OmegaConf.to_container(OmegaConf.create(self.apply_chat_template_kwargs)), sort_keys=True)
-        controls = {c for seat in self.seats.values() for c in _control_strings(seat.tokenizer, kwargs)}
-        controls = sorted(controls - {self.rema.finish_flag}, key=lambda control: (-len(control), control))
+        template = json.dumps(OmegaConf.to_container(OmegaConf.create(self.apply_chat_template_kwargs)), sort_keys=True)
+        found = {c for seat in self.seats.values() for c in _control_strings(seat.tokenizer, template)}
+        controls = sorted(found - {self.rema.finish_flag}, key=lambda control: (-len(control), control))
         for seat in self.seats.values():
             seat.control_strings = tuple(controls)  # of both: what one role writes, the other reads
             seat.end_ids = set(seat.tokenizer.all_special_ids)

@@ -111,7 +111,7 @@ def count_turns_of_train_batch(train_batch):
         with turns_in_global_batch(int(num_turns)):
             return train_batch(self, data, loss_function)
 
-    counting.counts_turns = True
+    counting.counts_turns = True  # type: ignore[attr-defined]
     return counting
 
 
@@ -196,7 +196,7 @@ def turn_weight(
     if global_batch_size is None:
         if dp_size > 1:
             raise ValueError(f"turn_agg={turn_agg} with dp_size > 1 needs global_batch_size")
-        global_batch_size = (turns.per_row > 0).sum()
+        global_batch_size = int((turns.per_row > 0).sum())
     weight = weight / global_batch_size
     return weight / turns.per_row[turns.row] if turn_agg == "trajectory" else weight / turn_scale
 

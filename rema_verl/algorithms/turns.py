@@ -78,7 +78,7 @@ def count_turns(response_mask: torch.Tensor) -> int:
     2
     """
     if response_mask.is_nested:
-        mask, row_starts = response_mask.values().bool(), response_mask.offsets()[:-1]
+        mask, row_starts = response_mask.values().bool(), response_mask.offsets()[:-1]  # type: ignore[attr-defined]  # nested tensors have them
         after_gap = torch.ones_like(mask)
         after_gap[1:] = ~mask[:-1]
         after_gap[row_starts[row_starts < mask.numel()]] = True  # a row's first token continues no earlier turn

@@ -53,7 +53,7 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -142,7 +142,7 @@ _UNIT = (
     r"(?:(?:square|sq\.?|cubic|cu\.?) )?(?:[ckm]m|kg|mph|ft|feet|foot|inche?|mile|yard|(?:centi|kilo)?met(?:er|re)|"
     r"pound|gallon|liter|degree|dollar|cent|second|minute|hour|day|week|month|year|unit|percent)s?(?:\^\{?[23]\}?)?"
 )
-_REWRITES = [  # in this order; "(\\\\)|" steps over the ends of a matrix's rows
+_REWRITES: list[tuple[re.Pattern[str], Any]] = [  # in this order; "(\\\\)|" steps over the ends of a matrix's rows
     (re.compile(pattern), replacement)
     for pattern, replacement in [
         (r"\s+", " "),
@@ -269,10 +269,10 @@ def settle(answer: str, truth: str) -> bool | tuple[str, str]:
     if a_based and t_based and (a_based[2] or t_based[2]):
         return a_based[1] == t_based[1] and len({a_based[2], t_based[2], None}) <= 2
     a, t = (x.replace(",", "") if _THOUSANDS.fullmatch(x) else x for x in (a, t))
-    same = _same_number(a, t)
-    if same is None and _key(a) != _key(t):
+    equal = _same_number(a, t)
+    if equal is None and _key(a) != _key(t):
         return a.replace("%", ""), t.replace("%", "")
-    return same is not False
+    return equal is not False
 
 
 # --- mathematics, in a worker ---------------------------------------------------------------------------------------
@@ -481,4 +481,4 @@ def grade_batch(pairs: Iterable[tuple[str, str]], timeout: float = 5.0, workers:
     """:func:`grade` for many (response, truth), in their order, on at least ``workers`` worker processes."""
     _provide_workers(workers)
     with ThreadPoolExecutor(workers + 1) as threads:
-        return list(threads.map(lambda pair: grade(*pair, timeout=timeout), pairs))
+        return list(threads.map(lambda pair: grade(pair[0], pair[1], timeout), pairs))

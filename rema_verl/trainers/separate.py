@@ -39,6 +39,7 @@ from rema_verl.dialogue import ROLES
 from rema_verl.trainers.rema import ReMATrainer
 
 logger = logging.getLogger(__name__)
+SECOND_POOL = "second_model"
 SECOND_RANK = 1000  # replicas of the second model count from here: verl names its servers by replica rank
 
 
@@ -57,13 +58,17 @@ class Player:
 class SeparateTrainer(ReMATrainer):
     """One model per role; see the module docstring."""
 
+    config: DictConfig  # of verl's trainer
+    actor_rollout_wg: Any
+    llm_server_manager: Any
+
     def __init__(self, config: DictConfig):
         self.players: dict[str, Player] = {}
         self.idle: KVBatchMeta | None = None  # this step's rows that the first learner does not train on
         super().__init__(config)
         self.trainable = tuple(role for role in ROLES if self.rema.roles[role].trainable)
-        start = self.rema.switch.start
-        self.first = start if start in self.trainable else self.trainable[0]
+        roles = [self.rema.switch.start, *self.trainable]
+        self.first = next(r for r in roles if r in self.trainable and self.rema.roles[r].n_gpus_per_node is None)
         if all(self.rema.roles[role].model_path for role in ROLES):
             # nobody plays it; verl's parts that know one model (data set, reward workers, agent loops) look at it
             with open_dict(config):
@@ -87,6 +92,12 @@ class SeparateTrainer(ReMATrainer):
         self.llm_server_manager = ServerPair({role: player.servers for role, player in self.players.items()})
         self._load_checkpoint()
 
+    def _init_resource_pool_mgr(self) -> None:
+        super()._init_resource_pool_mgr()
+        second = next(role for role in ROLES if role != self.first)
+        if gpus := self.rema.roles[second].n_gpus_per_node:
+            self.resource_pool_manager.resource_pool_spec[SECOND_POOL] = [gpus] * self.config.trainer.nnodes
+
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
         self._set_schedule(self.config, self.first)
@@ -98,11 +109,12 @@ class SeparateTrainer(ReMATrainer):
             config.actor_rollout_ref.actor.optim.total_training_steps = max(steps, 1)
 
     def _second_player(self, role: str) -> Player:
-        """The other model, on the same accelerators: workers (if it learns) and engines of its own in verl's pool."""
+        """The other model, on the same accelerators or on its own: workers (if it learns) and engines."""
         config = role_config(self.config, role)
         self._set_schedule(config, role)
         actor_role = next(r for r in (Role.ActorRolloutRef, Role.ActorRollout) if r in self.role_worker_mapping)
-        pool = self.resource_pool_manager.get_resource_pool(actor_role)
+        pools = self.resource_pool_manager
+        pool = pools.resource_pool_dict.get(SECOND_POOL) or pools.get_resource_pool(actor_role)
         if role in self.trainable:
             worker = RayClassWithInitArgs(
                 cls=ray.remote(SecondWorker),
@@ -222,6 +234,7 @@ class SeparateTrainer(ReMATrainer):
 
     def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
         """Both roles' rows of a dialogue stand side by side in the file, whoever learns."""
+        assert self.idle is not None
         both = KVBatchMeta(
             partition_id=batch.partition_id, keys=batch.keys + self.idle.keys, tags=batch.tags + self.idle.tags
         )

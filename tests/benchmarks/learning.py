@@ -89,7 +89,7 @@ def train(variant: str, seed: int, runs: Path, steps: int, core: int | None) -> 
         )
         start, peak = time.monotonic(), 0
         while run.poll() is None:
-            time.sleep(3)
+            time.sleep(10)  # a look costs CPU time of its own
             peak = max(peak, memory(run.pid))
         resources = {"seconds": round(time.monotonic() - start, 1), "peak_gib": round(peak / 2**30, 2)}
         with (runs / name / "resources.jsonl").open("a") as file:
