@@ -7,10 +7,11 @@ setup:            ## make .venv (no accelerator needed)
 
 test: setup       ## the whole suite, end-to-end runs included
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy
-	$(PYTHON) -m pytest -q --durations=15 tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q --durations=10 -n 2 --dist loadfile -m "not slow" tests
+	$(PYTHON) -m pytest -q --durations=20 -m slow tests
 
 test-fast: setup  ## without the end-to-end runs
-	$(PYTHON) -m pytest -q -m "not slow" tests
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 
 quickstart:       ## train the tiny task
 	bash recipes/quickstart.sh

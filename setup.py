@@ -48,6 +48,7 @@ setup(
         "report": REPORT,
         "dev": [
             "pytest>=8,<10",
+            "pytest-xdist>=3,<4",
             "hypothesis>=6,<7",
             "ruff==0.17.5",
             "mypy>=2,<3",
