@@ -99,8 +99,8 @@ def digest(value, into=None) -> str:
     """Of every bit of a checkpoint's content."""
     sha = into or hashlib.sha256()
     if isinstance(value, torch.Tensor):
-        value = getattr(value, "full_tensor", lambda: value)()
-        sha.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        value = getattr(value, "to_local", lambda: value)()  # of one worker: the whole
+        sha.update(value.detach().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     elif isinstance(value, np.ndarray):
         sha.update(value.tobytes())
     elif isinstance(value, dict):
