@@ -32,8 +32,8 @@ tiny_mpdf() { # FOLDER SEED SFT_STEPS: task, model and cold start in FOLDER; the
       torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \
       hydra.run.dir="$start/hydra_sft" \
       data.train_files="$start/data/sft.parquet" \
-      data.train_batch_size=128 \
-      data.micro_batch_size_per_gpu=32 \
+      data.train_batch_size="${SFT_ROWS:-128}" \
+      data.micro_batch_size_per_gpu=16 \
       data.use_dynamic_bsz=False \
       data.max_length=192 \
       data.num_workers=0 \
@@ -71,7 +71,7 @@ mpdf_stages() {
   mkdir -p "$run"
   only_one_run_in "$run"
   if [ "$SMOKE" = 1 ]; then
-    tiny_mpdf "$run/inputs" 0 "${SFT_STEPS:-60}"
+    SFT_ROWS=16 tiny_mpdf "$run/inputs" 0 "${SFT_STEPS:-30}"
     MODEL=$run/inputs/model TRAIN_FILES=$run/inputs/data/train.parquet VAL_FILES=$run/inputs/data/val.parquet
     QUESTIONS=8 EVAL_QUESTIONS=8 MAX_TOKENS=32 CONTEXT=256 TEMPERATURE=1.0 IN_FLIGHT=8 MPDF_DEVICE=cpu
     prompts=(--prompts "$run/inputs/data/prompts.json")
@@ -120,7 +120,7 @@ mpdf_train() {
   mkdir -p "$run/metrics"
   only_one_run_in "$run"
   if [ "$SMOKE" = 1 ]; then
-    tiny_mpdf "$run/inputs" 0 "${SFT_STEPS:-60}"
+    SFT_ROWS=16 tiny_mpdf "$run/inputs" 0 "${SFT_STEPS:-30}"
     local inputs=$run/inputs kind
     mapfile -t extra < <(python recipes/overrides.py rema_verl/config/device/cpu.yaml rema_verl/config/size/smoke.yaml)
     extra+=(
