@@ -112,7 +112,8 @@ def test_metrics_per_role(quickstart):
     assert sum(v for k, v in last.items() if k.startswith("dialogue/stop_reason/")) == 16 * 8
     assert last["rollout/failed_trajectories"] == last["rollout/skipped_trajectories"] == 0
     # the bad habit went away: dialogues grew
-    assert last["dialogue/turns/mean"] > metrics[1]["dialogue/turns/mean"] + 0.3
+    turns = [metrics[step]["dialogue/turns/mean"] for step in range(1, 16)]
+    assert sum(turns[-5:]) / 5 > turns[0] + 0.2
 
 
 def test_trajectories_on_disk(quickstart):
