@@ -503,7 +503,7 @@ def test_smoke(family, tmp_path, shared_data):
         DATA_DIR=tmp_path / "none",
         REMA_SHARED_DATA=shared_data,
     )
-    assert command.wait(600) == 0, command.text()[-3000:]
+    assert command.wait(1200) == 0, command.text()[-3000:]
     run = tmp_path / f"smoke_{recipe}"
     if family == "a model per role":
         check_roles_in_turn(tmp_path, run)
