@@ -5,7 +5,6 @@ verl gives the rows of a session one reward, the last row's, and counts mini-bat
 is grouped or reported by role.
 """
 
-import logging
 from collections import Counter
 
 import numpy as np
@@ -18,9 +17,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 
 from rema_verl.config.mpdf import MPDFConfig
 from rema_verl.deliberation.protocol import ACTIONS
-from rema_verl.trainers.rema import ReMATrainer, _column, _token_rewards, _turn_rewards
-
-logger = logging.getLogger(__name__)
+from rema_verl.trainers.rema import ReMATrainer, _token_rewards, _turn_rewards
 
 
 @register_trainer("mpdf")
@@ -29,29 +26,11 @@ class MPDFTrainer(ReMATrainer):
 
     def __init__(self, config):
         self.mpdf = MPDFConfig.of(config)
-        self.learning = tuple(f"agent_{i}" for i in range(self.mpdf.agents))
+        self.roles = self.learning = tuple(f"agent_{i}" for i in range(self.mpdf.agents))
         super().__init__(config)
 
     def on_init_end(self) -> None:
         PPOTrainerSync.on_init_end(self)  # verl's own loss: no metrics by role
-
-    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs) -> KVBatchMeta:
-        n, agents = self.config.actor_rollout_ref.rollout.n, self.mpdf.agents
-        delivered = Counter(key.rsplit("_", 2)[0] for key in batch.keys)  # prompt uid -> rows
-        failed = sum(n - delivered[uid] // agents for uid in self.replay_buffer.failure_keys["train"])
-        skipped = self.config.data.train_batch_size * n - len(batch) // agents - failed
-        metrics["rollout/failed_trajectories"] = failed
-        metrics["rollout/skipped_trajectories"] = skipped
-        if failed or skipped:
-            logger.warning(
-                "step %d: %d deliberations failed, %d were skipped (question longer than data.max_prompt_length)",
-                self.global_steps, failed, skipped,
-            )  # fmt: skip
-        if self.rema.seed is not None:  # not as they arrived
-            batch = batch.select_keys(sorted(batch.keys))
-        fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
-        self.rows = dict(zip(batch.keys, _column(fields, "extra_fields"), strict=True))
-        return PPOTrainerSync._balance_batch(self, batch, metrics, **kwargs)
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         return PPOTrainerSync._compute_old_log_prob(self, batch, metrics)

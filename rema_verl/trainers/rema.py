@@ -52,7 +52,8 @@ class ReMATrainer(PPOTrainerSync):
     # checkpoints without in-flight prompts. This mode is synchronous whatever its name.
     trainer_mode = property(lambda self: "sync", lambda self, name: None)
 
-    learning: tuple[str, ...] = ROLES  # the roles whose rows train the model
+    roles: tuple[str, ...] = ROLES  # a trajectory has one row of each
+    learning: tuple[str, ...] = ROLES  # those whose rows train the model
 
     def __init__(self, config):
         self.rema = ReMAConfig.of(config)
@@ -99,8 +100,8 @@ class ReMATrainer(PPOTrainerSync):
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs) -> KVBatchMeta:
         n = self.config.actor_rollout_ref.rollout.n
         delivered = Counter(key.rsplit("_", 2)[0] for key in batch.keys)  # prompt uid -> rows
-        failed = sum(n - delivered[uid] // len(ROLES) for uid in self.replay_buffer.failure_keys["train"])
-        skipped = self.config.data.train_batch_size * n - len(batch) // len(ROLES) - failed
+        failed = sum(n - delivered[uid] // len(self.roles) for uid in self.replay_buffer.failure_keys["train"])
+        skipped = self.config.data.train_batch_size * n - len(batch) // len(self.roles) - failed
         metrics["rollout/failed_trajectories"] = failed
         metrics["rollout/skipped_trajectories"] = skipped
         if failed or skipped:
