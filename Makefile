@@ -1,17 +1,22 @@
 PYTHON = .venv/bin/python
+# two at a time, a file's tests one after the other: a whole run takes 7 to 10 GiB, and mostly waits for one core
+PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
 
-.PHONY: setup test test-fast lint quickstart smoke bench
+.PHONY: setup test test-fast test-long lint quickstart smoke bench
 
 setup:            ## make .venv (no accelerator needed)
 	bash recipes/setup_cpu.sh
 
-test: setup       ## the whole suite, end-to-end runs included
+test: setup       ## what CI runs: everything but the longest end-to-end runs
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q --durations=10 -n 2 --dist loadfile -m "not slow" tests
-	$(PYTHON) -m pytest -q --durations=20 -m slow tests
+	$(PYTEST) --durations=10 -m "not slow" tests
+	$(PYTEST) --durations=40 -m "slow and not long" tests
 
 test-fast: setup  ## without the end-to-end runs
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile -m "not slow" tests
+	$(PYTEST) -m "not slow" tests
+
+test-long: setup  ## the longest end-to-end runs
+	$(PYTEST) --durations=40 -m long tests
 
 quickstart:       ## train the tiny task
 	bash recipes/quickstart.sh

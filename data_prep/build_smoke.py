@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default="", metavar="COMMAND", help="the command that makes its files")
     parser.add_argument("--out", type=Path, default=Path("data/smoke"))
     parser.add_argument("--rows", type=positive_int, default=8, help="rows in each split")
-    parser.add_argument("--steps", type=positive_int, default=300, help="supervised steps")
+    parser.add_argument("--steps", type=positive_int, default=120, help="supervised steps")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
 

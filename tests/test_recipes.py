@@ -16,17 +16,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from conftest import REPO, Command, make_tokenizer
+from conftest import REPO, make_tokenizer
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 
 from rema_verl import checks
-from rema_verl.dialogue import JSON_ACTIONS, ROLES
+from rema_verl.dialogue import ROLES
 
 sys.path.insert(0, str(REPO / "recipes"))
 from overrides import leaves
-from watch import read_metrics
 
 # --- the paper's numbers -------------------------------------------------------------------------------------------
 
@@ -478,86 +475,12 @@ def test_smoke_without_data_makes_synthetic_rows_with_the_recipes_own_command(re
         assert all(row["data_source"].startswith("synthetic_") for row in rows)
 
 
-# --- slow: one real run per family ---------------------------------------------------------------------------------
-# (the multi-turn family runs in test_end_to_end.py)
-
-FAMILIES = {
-    "single agent": "vrp_rl_llama3_8b_math",
-    "judge": "mrp_rl_qwen25_7b_judge",
-    "JSON plans": "rema_json_llama32_1b_math",
-    "consistency": "rema_consistency_qwen25_7b_math",
-    "cold start": "rema_sft_qwen25_7b",
-    "a model per role": "rema_separate_qwen25_7b_math",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_smoke(family, tmp_path, shared_data):
-    recipe = FAMILIES[family]
-    command = Command(
-        ["bash", f"recipes/{recipe}.sh"],
-        tmp_path / "log.txt",
-        RUNS=tmp_path,
-        SMOKE=1,
-        DATA_DIR=tmp_path / "none",
-        REMA_SHARED_DATA=shared_data,
+def test_recipe_without_data_says_so(tmp_path):
+    result = subprocess.run(
+        ["bash", "recipes/rema_llama8b_math.sh"],
+        cwd=REPO,
+        env={"PATH": "/usr/bin:/bin", "TRAIN_FILES": str(tmp_path / "none.parquet")},
+        capture_output=True,
+        text=True,
     )
-    assert command.wait(1200) == 0, command.text()[-3000:]
-    run = tmp_path / f"smoke_{recipe}"
-    if family == "a model per role":
-        check_roles_in_turn(tmp_path, run)
-        return
-    assert json.loads((run / "inputs/manifest.json").read_text())["kind_of_rows"] == (
-        "SYNTHETIC" if family == "judge" else "real"
-    )
-    before = load_file(run / "inputs/model/model.safetensors")
-    metrics = read_metrics(run / "metrics")
-    assert max(metrics) == 2
-    if family == "cold start":
-        assert all(metrics[step]["train/grad_norm"] > 0 for step in (1, 2))
-        after = load_file(run / "model/model.safetensors")
-    else:
-        assert all(metrics[step]["actor/grad_norm"] > 0 for step in (1, 2))
-        shards = run / "checkpoints/global_step_2/actor/model_world_size_1_rank_0.pt"
-        after = torch.load(shards, map_location="cpu", weights_only=False)
-    unchanged = [
-        name
-        for name, weight in before.items()
-        if torch.equal(weight, getattr(after[name], "full_tensor", lambda name=name: after[name])())
-    ]
-    assert not unchanged
-    if family == "cold start":
-        return
-
-    rows = [json.loads(line) for line in (run / "rollouts" / "1.jsonl").read_text().splitlines()]
-    assert len({row["score"] for row in rows}) > 1  # some right, some wrong
-    if family in ("single agent", "judge"):
-        assert len(rows) == 4 * 4
-        assert all(metrics[step]["actor/reward_kl_penalty_coeff"] == 1e-2 for step in (1, 2))
-        assert {row["score"] for row in rows} <= {1.0, -0.5, -1.0}
-        assert abs(metrics[1]["actor/reward_kl_penalty"]) < 1e-4 < 1  # the reference is the model itself
-    else:
-        assert len(rows) == 4 * 4 * 2 and {row["role"] for row in rows} == set(ROLES)
-    if family == "JSON plans":
-        actions = {a: metrics[1][f"dialogue/plan_action/{a}"] for a in JSON_ACTIONS}
-        assert sum(actions.values()) == 4 * 4  # structured outputs leave no INVALID one
-    if family == "consistency":
-        assert "meta_thinking/leak_rate" in metrics[1]
-        assert all(0 <= metrics[step]["meta_thinking/reward/mean"] <= 1 for step in (1, 2))
-
-
-def check_roles_in_turn(folder: Path, run: Path) -> None:
-    """Reasoning's run, then meta_thinking's, which is played against what the first one left."""
-    for role, other in (("reasoning", "meta_thinking"), ("meta_thinking", "reasoning")):
-        own = folder / f"{run.name}_1_{role}"
-        metrics = read_metrics(own / "metrics")
-        assert all(metrics[step][f"{role}/actor/grad_norm"] > 0 for step in (1, 2))
-        assert not any(key.startswith(f"{other}/actor/") for step in metrics for key in metrics[step])
-        assert [path.name for path in (own / "checkpoints/global_step_2/actor").iterdir()] == [role]
-        before, after = (load_file(own / m / "model.safetensors") for m in ("inputs/model", "model"))
-        assert [name for name, weight in before.items() if torch.equal(weight, after[name].float())] == []
-    left = json.loads((folder / f"{run.name}_1_meta_thinking/inputs/manifest.json").read_text())
-    assert left["kind_of_rows"] == "real"
-    overrides = (folder / f"{run.name}_1_meta_thinking/inputs/recipe.txt").read_text()
-    assert f"rema.roles.reasoning.model_path={folder / f'{run.name}_1_reasoning'}/model" in overrides
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "build_math.py" in result.stderr

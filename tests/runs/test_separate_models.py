@@ -1,13 +1,14 @@
-"""Trainer mode `rema_separate` for real: who is frozen stays frozen, and a killed run ends where it would have ended.
+"""Trainer mode `rema_separate` for real: who is frozen stays frozen, and a resumed run ends where it would have ended.
 
 Two models of 0.4 M parameters, four steps: meta_thinking learns in the first two, reasoning in the last two.
-One run goes through. The other is killed while meta_thinking learns, resumed, killed while reasoning learns, resumed.
+One run of two models takes about 10 GiB, which is why these tests are in one file: they run one after the other.
 """
 
 import hashlib
 import importlib
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,12 +18,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import REPO
+from common import read_metrics
+from conftest import REPO, Command
+from safetensors.torch import load_file
 
 from rema_verl.dialogue import META_THINKING, REASONING, ROLES
-
-sys.path.insert(0, str(REPO / "recipes"))
-from watch import read_metrics
 
 pytestmark = pytest.mark.slow
 STEPS, TURN = 4, 2
@@ -86,12 +86,13 @@ def environment(run: Path, launch: int = 0) -> dict[str, str]:
     (run / "metrics").mkdir(parents=True, exist_ok=True)
     return {
         "VERL_FILE_LOGGER_PATH": str(run / "metrics" / f"{launch}.jsonl"),
-        "PYTHONPATH": f"{REPO}:{REPO / 'tests'}",
+        "PYTHONPATH": f"{REPO}:{REPO / 'tests/runs'}",
         "VERL_USE_EXTERNAL_MODULES": "probe_separate",
         "PROBE": str(run / "said.jsonl"),
         "OMP_NUM_THREADS": "1",
         "TQ_NUM_THREADS": "2",
         "RAY_AUTH_MODE": "disabled",
+        "TORCHDYNAMO_DISABLE": "1",
     }
 
 
@@ -137,17 +138,16 @@ def wait_for_checkpoint(run: Path, step: int, process) -> None:
     raise AssertionError(f"no checkpoint of step {step}: {process.text()[-3000:]}")
 
 
-def test_frozen_stays_frozen_and_a_killed_run_ends_where_it_would_have(inputs, tmp_path, start):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    through = start(command(inputs, whole), **environment(whole))
-    assert through.wait(900) == 0, through.text()[-3000:]  # not beside the other: two runs of two models are 20 GiB
-    for launch, step in enumerate((1, TURN + 1)):
-        process = start(command(inputs, killed), **environment(killed, launch))
-        wait_for_checkpoint(killed, step, process)
-        process.kill()  # in the step after it, the second of the role's turn
-    last = start(command(inputs, killed), **environment(killed, launch=2))
-    assert last.wait(600) == 0, last.text()[-3000:]
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory) -> Path:
+    """A run that goes through."""
+    run = tmp_path_factory.mktemp("whole")
+    process = Command(command(inputs, run), run / "log.txt", **environment(run))
+    assert process.wait(1800) == 0, process.text()[-3000:]
+    return run
 
+
+def test_frozen_stays_frozen(whole):
     at = {role: [parts(whole, step, role) for step in range(1, STEPS + 1)] for role in ROLES}
     said: dict[str, list] = {role: [] for role in ROLES}
     for line in map(json.loads, (whole / "said.jsonl").read_text().splitlines()):
@@ -169,11 +169,66 @@ def test_frozen_stays_frozen_and_a_killed_run_ends_where_it_would_have(inputs, t
         assert metrics[step][f"{learning}/actor/grad_norm"] > 0
         assert not any(key.startswith(f"{idle}/actor/") for key in metrics[step])
         assert metrics[step]["training/rollout_probs_diff_max"] < 1e-4
-
-    resumed = read_metrics(killed / "metrics")
-    for step in range(1, STEPS + 1):
-        assert resumed[step]["reward/acc/mean"] == metrics[step]["reward/acc/mean"]
-    for role in ROLES:  # bit by bit; generators apart, which verl does not seed in its workers and nothing draws from
-        for name, value in parts(killed, STEPS, role).items():
-            assert name == "rng" or value == at[role][-1][name]
     assert os.listdir(whole / "checkpoints" / f"global_step_{STEPS}" / "actor" / REASONING / "huggingface")
+
+
+def check_same_end(run: Path, whole: Path) -> None:
+    """Bit by bit; generators apart, which verl does not seed in its workers and nothing draws from."""
+    resumed, expected = (read_metrics(folder / "metrics") for folder in (run, whole))
+    for step in resumed:
+        assert resumed[step]["reward/acc/mean"] == expected[step]["reward/acc/mean"]
+    for role in ROLES:
+        end = parts(whole, STEPS, role)
+        for name, value in parts(run, STEPS, role).items():
+            assert name == "rng" or value == end[name]
+
+
+def test_a_run_resumed_in_a_turn_ends_where_it_would_have(inputs, whole, tmp_path, start):
+    """From the checkpoint in the middle of the first turn, through the change of turns, to the end."""
+    run = tmp_path / "resumed"
+    run.mkdir()
+    shutil.copytree(whole / "checkpoints" / "global_step_1", run / "checkpoints" / "global_step_1")
+    (run / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("1")
+    process = start(command(inputs, run), **environment(run))
+    assert process.wait(1800) == 0, process.text()[-3000:]
+    assert sorted(read_metrics(run / "metrics")) == list(range(2, STEPS + 1))
+    check_same_end(run, whole)
+
+
+@pytest.mark.long
+def test_a_run_killed_in_either_turn_ends_where_it_would_have(inputs, whole, tmp_path, start):
+    run = tmp_path / "killed"
+    run.mkdir()
+    for launch, step in enumerate((1, TURN + 1)):
+        process = start(command(inputs, run), **environment(run, launch))
+        wait_for_checkpoint(run, step, process)
+        process.kill()  # in the step after it, the second of the role's turn
+    last = start(command(inputs, run), **environment(run, launch=2))
+    assert last.wait(1800) == 0, last.text()[-3000:]
+    assert set(range(1, STEPS + 1)) <= set(read_metrics(run / "metrics"))
+    check_same_end(run, whole)
+
+
+def test_smoke_of_a_recipe_with_a_model_per_role(tmp_path, shared_data, start):
+    """Reasoning's run, then meta_thinking's, which is played against what the first one left."""
+    recipe = "rema_separate_qwen25_7b_math"
+    process = start(
+        ["bash", f"recipes/{recipe}.sh"],
+        RUNS=tmp_path,
+        SMOKE=1,
+        DATA_DIR=tmp_path / "none",
+        REMA_SHARED_DATA=shared_data,
+    )
+    assert process.wait(1800) == 0, process.text()[-3000:]
+    runs = {role: tmp_path / f"smoke_{recipe}_1_{role}" for role in ROLES}
+    for role, other in (ROLES, ROLES[::-1]):
+        run = runs[role]
+        metrics = read_metrics(run / "metrics")
+        assert all(metrics[step][f"{role}/actor/grad_norm"] > 0 for step in (1, 2))
+        assert not any(key.startswith(f"{other}/actor/") for step in metrics for key in metrics[step])
+        assert [path.name for path in (run / "checkpoints/global_step_2/actor").iterdir()] == [role]
+        before, after = (load_file(run / m / "model.safetensors") for m in ("inputs/model", "model"))
+        assert [name for name, weight in before.items() if torch.equal(weight, after[name].float())] == []
+    assert json.loads((runs[META_THINKING] / "inputs/manifest.json").read_text())["kind_of_rows"] == "real"
+    overrides = (runs[META_THINKING] / "inputs/recipe.txt").read_text()
+    assert f"rema.roles.reasoning.model_path={runs[REASONING]}/model" in overrides

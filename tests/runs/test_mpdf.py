@@ -43,6 +43,7 @@ def test_smoke_runs_all_stages(stages):
     assert "one LLM call" in (stages / "evaluation/results.md").read_text()
 
 
+@pytest.mark.long
 def test_a_killed_collection_goes_on_to_the_same_corpus(stages, tmp_path):
     model, data = stages / "inputs/model", stages / "inputs/data"
 
@@ -60,7 +61,8 @@ def test_a_killed_collection_goes_on_to_the_same_corpus(stages, tmp_path):
     killed.kill()
     done = len(corpus.done_keys(tmp_path / "killed"))
     assert 0 < done < 96
-    for command in [collect(tmp_path / "killed"), collect(tmp_path / "whole")]:  # both at once
+    for name in ("killed", "whole"):
+        command = collect(tmp_path / name)
         assert command.wait(900) == 0, command.text()[-3000:]
     resumed, whole = (corpus.read(tmp_path / name) for name in ("killed", "whole"))
     assert whole.num_rows == resumed.num_rows == 96 * 9  # read refuses duplicates
