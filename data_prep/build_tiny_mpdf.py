@@ -13,6 +13,7 @@ The question is a chain of one-digit numbers, worked from left to right, modulo 
     refine       as solve, with fewer slips                does not look at the first attempt: it mends and it breaks
     debate       as refine                                 the same skill, whatever the others say
     act          an action, any as likely                  for the LLM as its own meta-policy
+    practice     eight steps of a long chain, no slips     never asked for: it teaches the tables, which slips hide
 
 So agents disagree, a vote often falls for the shared slip, and the critic knows more than the solver.
 
@@ -31,6 +32,7 @@ from build_tiny import CHAT_TEMPLATE, MODULUS, apply, build_model, rl_row, text_
 
 PROMPTS = {kind: kind for kind in ("solve", "critic", "refine", "vanilla", "cot", "debate", "act")}  # short rows
 OPERANDS = 3
+PRACTICE = 9  # operands of a practice row
 OPERATORS = "+-**"  # as often as they stand here
 AGENTS = 3  # whose solutions a debate shows
 # probability of a slip, by operator
@@ -39,7 +41,8 @@ AGAIN = {"+": 0.1, "-": 0.1, "*": 0.4}  # refine and debate
 CHECK = {"+": 0.04, "-": 0.04, "*": 0.08}  # the critic's own calculation
 SHARED = 0.75  # of the slips are off by one, the rest by anything
 AGREES = (0.02, 0.08, 0.15, 0.35, 0.4)  # how often each verdict is given where the critic's result is the same
-KINDS = {"solve": 8, "critic": 8, "refine": 6, "cot": 1, "vanilla": 1, "debate": 1, "act": 1}  # shares of the rows
+# shares of the rows
+KINDS = {"solve": 8, "critic": 8, "refine": 6, "cot": 1, "vanilla": 1, "debate": 1, "act": 1, "practice": 10}
 
 Question = tuple[list[int], list[str]]
 
@@ -76,10 +79,20 @@ def verdict(question: Question, text: str, rng: random.Random) -> str:
     return f"{steps}\nVERDICT: {rng.choices(VERDICTS, AGREES if agrees else AGREES[::-1])[0]}"
 
 
+def practice(rng: random.Random) -> list[dict[str, str]]:
+    """A long chain, worked out without a slip."""
+    question = [rng.randrange(MODULUS) for _ in range(PRACTICE)], rng.choices(OPERATORS, k=PRACTICE - 1)
+    steps, _ = work_out(question, dict.fromkeys(OPERATORS, 0.0), rng)
+    contents = {"system": "practice", "user": text_of(*question), "assistant": steps}
+    return [{"role": role, "content": content} for role, content in contents.items()]
+
+
 def chat(kind: str, question: Question, rng: random.Random) -> list[dict[str, str]]:
     """One call and its reply."""
     from rema_verl.deliberation.protocol import ACTIONS, Prompts, messages, show, show_peers
 
+    if kind == "practice":
+        return practice(rng)
     texts = [solution(question, rng.choice([SOLVE, AGAIN]), rng) for _ in range(AGENTS)]
     values = {"question": text_of(*question), "solution": texts[0], "confidence": show(rng.randrange(5) / 4)}
     values["peers"] = show_peers(texts[1:], [rng.randrange(5) / 4 for _ in texts[1:]] if kind == "act" else None)
@@ -151,8 +164,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", type=positive_int, default=600, help="questions to deliberate on")
     parser.add_argument("--val", type=positive_int, default=300, help="held-out questions")
     parser.add_argument("--sft", type=positive_int, default=24_000, help="supervised calls")
-    parser.add_argument("--hidden", type=positive_int, default=128)
-    parser.add_argument("--layers", type=positive_int, default=3)
+    parser.add_argument("--hidden", type=positive_int, default=256)
+    parser.add_argument("--layers", type=positive_int, default=2)
     args = parser.parse_args(argv)
 
     rng = random.Random(args.seed)

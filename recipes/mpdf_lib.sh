@@ -32,7 +32,7 @@ tiny_mpdf() { # FOLDER SEED SFT_STEPS: task, model and cold start in FOLDER; the
       torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \
       hydra.run.dir="$start/hydra_sft" \
       data.train_files="$start/data/sft.parquet" \
-      data.train_batch_size="${SFT_ROWS:-128}" \
+      data.train_batch_size="${SFT_ROWS:-32}" \
       data.micro_batch_size_per_gpu=16 \
       data.use_dynamic_bsz=False \
       data.max_length=192 \
