@@ -115,8 +115,20 @@ def build_tokenizer(corpus: list[str], vocabulary: int = 320):
     )
 
 
-def build_model(tokenizer, out: Path, seed: int, hidden: int, layers: int, tie: bool = False, kind: str = "llama"):
-    """A randomly initialised causal LM beside its tokenizer. head_dim is 32, the least vLLM's CPU attention takes."""
+def build_model(
+    tokenizer,
+    out: Path,
+    seed: int,
+    hidden: int,
+    layers: int,
+    tie: bool = False,
+    kind: str = "llama",
+    spread: float = 0.02,
+):
+    """A randomly initialised causal LM beside its tokenizer. head_dim is 32, the least vLLM's CPU attention takes.
+
+    ``spread`` is the standard deviation of the initial weights.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -131,6 +143,7 @@ def build_model(tokenizer, out: Path, seed: int, hidden: int, layers: int, tie: 
         num_key_value_heads=hidden // 64,
         max_position_embeddings=2048,
         tie_word_embeddings=tie,
+        initializer_range=spread,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -5,7 +5,9 @@
 SYNTHETIC: made for tests and the quickstart, not a benchmark of anything. How good a solver, a critic and a second
 attempt are is written into the supervised data below; the model learns it as a distribution and samples from it.
 
-The question is a chain of one-digit numbers, worked from left to right, modulo 5:
+The question is a chain of the digits 0 to 4, worked from left to right. ``+`` stops at 4, ``-`` is the distance and
+``*`` is modulo 5: in each table a digit alone says something about the result, so that a tiny model learns it soon
+(in sums modulo 5 it says nothing, and they are learnt much later):
 
     question     3*4-2
     solve        3*4=2;2-2=0 \\boxed{0}, then the profile   a product is wrong half of the time, mostly by one
@@ -28,7 +30,7 @@ from pathlib import Path
 
 import pyarrow as pa
 from _common import Parser, UserError, positive_int, run_main, write_outputs
-from build_tiny import CHAT_TEMPLATE, MODULUS, apply, build_model, rl_row, text_of
+from build_tiny import CHAT_TEMPLATE, MODULUS, build_model, rl_row, text_of
 
 PROMPTS = {kind: kind for kind in ("solve", "critic", "refine", "vanilla", "cot", "debate", "act")}  # short rows
 OPERANDS = 3
@@ -39,12 +41,17 @@ AGENTS = 3  # whose solutions a debate shows
 SOLVE = {"+": 0.1, "-": 0.1, "*": 0.5}
 AGAIN = {"+": 0.1, "-": 0.1, "*": 0.4}  # refine and debate
 CHECK = {"+": 0.04, "-": 0.04, "*": 0.08}  # the critic's own calculation
+NEVER = dict.fromkeys(OPERATORS, 0.0)
 SHARED = 0.75  # of the slips are off by one, the rest by anything
 AGREES = (0.02, 0.08, 0.15, 0.35, 0.4)  # how often each verdict is given where the critic's result is the same
 # shares of the rows
-KINDS = {"solve": 8, "critic": 8, "refine": 6, "cot": 1, "vanilla": 1, "debate": 1, "act": 1, "practice": 10}
+KINDS = {"solve": 8, "critic": 8, "refine": 6, "cot": 1, "vanilla": 1, "debate": 1, "act": 1, "practice": 8}
 
 Question = tuple[list[int], list[str]]
+
+
+def apply(a: int, operator: str, b: int) -> int:
+    return {"+": min(a + b, MODULUS - 1), "-": abs(a - b), "*": a * b % MODULUS}[operator]
 
 
 def work_out(question: Question, slips: dict[str, float], rng: random.Random) -> tuple[str, int]:
@@ -82,7 +89,7 @@ def verdict(question: Question, text: str, rng: random.Random) -> str:
 def practice(rng: random.Random) -> list[dict[str, str]]:
     """A long chain, worked out without a slip."""
     question = [rng.randrange(MODULUS) for _ in range(PRACTICE)], rng.choices(OPERATORS, k=PRACTICE - 1)
-    steps, _ = work_out(question, dict.fromkeys(OPERATORS, 0.0), rng)
+    steps, _ = work_out(question, NEVER, rng)
     contents = {"system": "practice", "user": text_of(*question), "assistant": steps}
     return [{"role": role, "content": content} for role, content in contents.items()]
 
@@ -173,24 +180,25 @@ def main(argv: list[str] | None = None) -> None:
     if args.train + args.val > len(questions):
         raise UserError(f"--train {args.train} and --val {args.val}: there are only {len(questions):,} questions")
     held_out, rest = questions[: args.val], questions[args.val :]
-    splits = {
-        name: [rl_row(*question, split=name, index=i) for i, question in enumerate(some)]
-        for name, some in (("train", rest[: args.train]), ("val", held_out))
-    }
-    for row in (row for rows in splits.values() for row in rows):
-        row["data_source"] = "tiny_mpdf_synthetic"
+    splits: dict[str, list[dict]] = {"train": [], "val": []}
+    for name, some in (("train", rest[: args.train]), ("val", held_out)):
+        for i, question in enumerate(some):
+            row = rl_row(*question, split=name, index=i)
+            row["data_source"] = "tiny_mpdf_synthetic"
+            row["reward_model"]["ground_truth"] = str(work_out(question, NEVER, rng)[1])
+            splits[name].append(row)
     kinds = rng.choices(list(KINDS), list(KINDS.values()), k=args.sft)
     sft = [{"messages": chat(kind, rng.choice(rest), rng), "kind": kind} for kind in kinds]
 
     # a message each: what the template puts between them is special tokens
     tokenizer = build_tokenizer([m["content"] for row in sft[:6000] for m in row["messages"]])
-    model = build_model(tokenizer, args.out / "model", args.seed, args.hidden, args.layers)
+    model = build_model(tokenizer, args.out / "model", args.seed, args.hidden, args.layers, spread=0.06)
     write_outputs(
         args.out,
         {f"{name}.parquet": pa.Table.from_pylist(rows) for name, rows in {**splits, "sft": sft}.items()},
         {
             "synthetic": True,
-            "task": "left-to-right arithmetic modulo 5 with slips, for MPDF",
+            "task": "left-to-right arithmetic on the digits 0 to 4 with slips, for MPDF",
             "seed": args.seed,
             "arguments": {k: str(v) for k, v in vars(args).items()},
             "parameters": sum(p.numel() for p in model.parameters()),
