@@ -19,7 +19,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
-from rema_verl.trainers.losses import role_ppo_loss
+from rema_verl.trainers.losses import role_ppo_loss, take_turns
 
 folder, turn_agg = sys.argv[1], sys.argv[2]
 rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -51,6 +51,7 @@ names = ("input_ids", "position_ids", "loss_mask", "response_mask", "prompts", "
          "old_log_probs", "advantages")
 data = TensorDict({n: nested(n) for n in names}, batch_size=len(share))
 data["role_id"] = torch.tensor([int(rows[i]["role_id"]) for i in share])
+data["row"] = torch.tensor(list(share))
 tu.assign_non_tensor(data, global_batch_size=8, mini_batch_size=8, epochs=1, seed=1, temperature=1.0,
                      calculate_entropy=True, dataloader_kwargs={"shuffle": False}, global_token_num=None)
 metrics = tu.get(worker.train_mini_batch(data), "metrics")
@@ -59,6 +60,8 @@ parameters = {name: tensor.detach().clone() for name, tensor in parameters}
 if rank == 0:
     torch.save(parameters, f"{folder}/after_{world}_{turn_agg}.pt")
     print("METRICS", {k: v for k, v in metrics.items() if "meta_thinking" in k})
+    turns = take_turns(worker)
+    assert set(turns["row"].tolist()) == set(share) and len(turns) > len(share) and not len(take_turns(worker))
 """
 
 

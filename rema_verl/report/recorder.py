@@ -6,7 +6,7 @@ recorder adds each turn's advantage and log-ratio to them, and at the end of a s
 
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +104,26 @@ def note_turns(row: dict, advantages: torch.Tensor, old: torch.Tensor | None, ro
     row["advantages"] = _span_means(advantages, row["turn_spans"])
     if old is not None and rollout is not None:
         row["log_ratios"] = _span_means(old.float() - rollout.float(), row["turn_spans"])
+
+
+def note_update(rows: Sequence[dict], turns: Mapping[str, torch.Tensor]) -> None:
+    """Write what the update saw of each turn into ``rows``.
+
+    Args:
+        rows: the trainer's; ``turns["row"]`` counts them, and verl's padding rows are negative.
+        turns: :func:`rema_verl.trainers.losses.turns_of`'s, of the whole update. A later pass over a turn replaces an
+            earlier one; a turn without tokens, which no loss sees, gets 0 and False.
+    """
+    seen: dict[int, dict[int, tuple[float, bool]]] = {}
+    columns = (turns[name].tolist() for name in ("row", "turn", "log_ratio", "clipped"))
+    for i, turn, log_ratio, clipped in zip(*columns, strict=True):
+        if i >= 0:
+            seen.setdefault(i, {})[turn] = (log_ratio, clipped)
+    for i, of_row in seen.items():
+        found = iter([of_row[turn] for turn in sorted(of_row)])
+        spans = rows[i]["turn_spans"]
+        pairs = [next(found) if end > start else (0.0, False) for start, end in spans]
+        rows[i]["update_log_ratios"], rows[i]["clipped"] = map(list, zip(*pairs, strict=True))
 
 
 def _span_means(values: torch.Tensor, spans: list[tuple[int, int]]) -> list[float]:

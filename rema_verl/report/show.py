@@ -260,6 +260,8 @@ def _panel(turn: dict, i: int) -> Panel:
         f"advantage {_number(turn['advantage'], '+.3g')}",
         f"log-ratio {_number(turn['log_ratio'], '.2g')}",
     ]
+    if turn["update_log_ratio"] is not None:
+        facts.append(f"in the update {turn['update_log_ratio']:.2g}")
     if turn["clipped"] is not None:
         facts.append("clipped" if turn["clipped"] else "not clipped")
     colour = COLOURS[turn["role"]]

@@ -23,9 +23,9 @@
         advantage   mean over the turn's tokens; null where the role did not learn in this step
         log_ratio   nats, mean over the turn's tokens: trainer's minus vLLM's log-prob, before the update; null where
                     unknown
-        update_log_ratio, clipped    the same against the updated policy, in the update's last pass over the turn, and
-                    whether it was clipped; null: verl's actor reports them summed up only (``<role>/pg_clipfrac``,
-                    ``actor/turn_ratio_*``), not per turn
+        update_log_ratio, clipped    the same for the policy being updated against the one before, in the update's last
+                    pass over the turn, and whether it was clipped there (``trainers.losses.turns_of``); null where the
+                    role did not learn in this step
 
 Numbers that are not finite are null. Every number of the file is what the trainer had; nothing is computed again.
 """

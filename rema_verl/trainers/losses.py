@@ -1,16 +1,25 @@
-"""verl's PPO loss, plus the clip fraction of each role.
+"""verl's PPO loss, plus what the update did to each role and to each turn.
 
-A policy loss does not see roles. The trainer adds the field ``role_id`` to every row, and this wrapper, which runs in
-verl's actor workers, asks the configured policy loss once more per role, without gradients, for its clip fraction.
+Shapes: B rows of a micro-batch, L response tokens, N turns of all rows together.
+
+A policy loss sees neither roles nor rows. The trainer adds the fields ``role_id`` and ``row`` to every row, and this
+wrapper, which runs in verl's actor workers, asks the configured policy loss once more per role, without gradients, for
+its clip fraction, and notes every turn's ratio until the trainer collects them with :func:`take_turns`.
 """
 
+import math
+
 import torch
+from tensordict import TensorDict
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
+from rema_verl.algorithms.turns import find_turns, sum_per_turn
 from rema_verl.dialogue import ROLES
+
+_noted: list[TensorDict] = []  # of this worker, since the last take_turns
 
 
 def role_ppo_loss(config, model_output, data, dp_group=None):
@@ -41,4 +50,53 @@ def role_ppo_loss(config, model_output, data, dp_group=None):
                 clipped = count * float(of_role.get("actor/pg_clipfrac", 0.0))
             metrics[f"actor/{role}/rows"] = Metric(AggregationType.SUM, float(count))
             metrics[f"actor/{role}/clipped"] = Metric(AggregationType.SUM, clipped)
+        _noted.append(turns_of(config, log_prob, **rows, row=data["row"]).cpu())
     return loss, metrics
+
+
+def turns_of(config, log_prob, old_log_probs, advantages, response_mask, row) -> TensorDict:
+    """What an update sees of every turn; all tensors (B, L) but ``row`` (B,).
+
+    A turn counts as clipped where its geometric ratio has left the range on the side that its advantage points to, or
+    is at the dual clip's bound: what ``turn_clip`` clips, and the turn as a whole under a loss that clips tokens.
+
+    Returns:
+        (N,) ``row``, ``turn`` (its number in the row), ``log_ratio`` (nats, mean over the turn's tokens, the policy as
+        it stands against the one that sampled), ``clipped``.
+    """
+    turns = find_turns(response_mask)
+    log_ratio = sum_per_turn(log_prob.float() - old_log_probs.float(), turns) / turns.length
+    advantage = sum_per_turn(advantages.float(), turns) / turns.length
+    low, high = (
+        config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high)
+    )
+    too_high = (advantage > 0) & (log_ratio > math.log1p(high))
+    too_low = (advantage < 0) & (log_ratio < math.log1p(-low))
+    dual = (advantage < 0) & (log_ratio > math.log(config.get("clip_ratio_c", 3.0)))
+    first = (turns.per_row.cumsum(0) - turns.per_row)[turns.row]
+    fields = {
+        "row": row.to(turns.row.device)[turns.row],
+        "turn": torch.arange(turns.num, device=turns.row.device) - first,
+        "log_ratio": log_ratio,
+        "clipped": too_high | too_low | dual,
+    }
+    return TensorDict(fields, batch_size=[turns.num])
+
+
+def take_turns(worker) -> TensorDict:
+    """This worker's notes since the last call, in the order they were made; see :func:`turns_of`.
+
+    The trainer calls it through verl's ``execute_with_func_generator``, which joins what all workers return.
+    """
+    nothing = TensorDict(
+        {
+            "row": torch.zeros(0, dtype=torch.int64),
+            "turn": torch.zeros(0, dtype=torch.int64),
+            "log_ratio": torch.zeros(0),
+            "clipped": torch.zeros(0, dtype=torch.bool),
+        },
+        batch_size=[0],
+    )
+    taken = torch.cat([nothing, *_noted])
+    _noted.clear()
+    return taken

@@ -5,7 +5,7 @@ verl's synchronous trainer does the work. What is added, in the order of a step:
 1. ``_balance_batch``         count trajectories that did not arrive; keep the rows of the roles that learn
 2. ``_compute_old_log_prob``  entropy per role
 3. ``_compute_advantage``     give each row its own role's reward back, and group by (prompt, role)
-4. ``_update_actor``          count mini-batches in rows, and report the clip fraction per role
+4. ``_update_actor``          count mini-batches in rows, and report what was clipped, per role and per turn
 5. ``_compute_metrics``       health signals, and trajectories for the disk (rema_verl/report)
 6. ``_save_checkpoint``       leave a resumable state also when the disk is full
 """
@@ -35,13 +35,13 @@ from rema_verl.agent_loops.rema import question_of
 from rema_verl.algorithms.advantages import role_index
 from rema_verl.config import ReMAConfig
 from rema_verl.dialogue import INVALID, JSON_ACTIONS, ROLES, StopReason
-from rema_verl.report.recorder import Recorder, note_turns
-from rema_verl.trainers.losses import role_ppo_loss
+from rema_verl.report.recorder import Recorder, note_turns, note_update
+from rema_verl.trainers.losses import role_ppo_loss, take_turns
 from rema_verl.trainers.watchdog import PREFIX, Watchdog, root_cause
 
 logger = logging.getLogger(__name__)
 TRACKER = "latest_checkpointed_iteration.txt"  # verl's pointer to the checkpoint to resume from
-PAD_ROLE = -1
+PAD = -1  # for verl's padding rows
 
 
 @register_trainer("rema")
@@ -139,6 +139,8 @@ class ReMATrainer(PPOTrainerSync):
         uids = _column(fields, "uid")
         scores = [score.clone() for score in fields["rm_scores"].unbind()]
         roles = [self._role(batch, i) for i in range(len(batch))]
+        number = {key: i for i, key in enumerate(self.rows)}
+        numbers = [PAD] * len(batch)
         for i, role in enumerate(roles):
             if role is None:
                 continue
@@ -146,10 +148,12 @@ class ReMATrainer(PPOTrainerSync):
             if (rewards := _turn_rewards(row)) is not None:
                 scores[i] = _token_rewards(scores[i], row["turn_spans"], rewards)
             uids[i] = role_index(uids[i], role)
+            numbers[i] = number[batch.keys[i]]
         update = TensorDict(
             {
                 "rm_scores": torch.nested.as_nested_tensor(scores, layout=torch.jagged),
-                "role_id": torch.tensor([PAD_ROLE if role is None else ROLES.index(role) for role in roles]),
+                "role_id": torch.tensor([PAD if role is None else ROLES.index(role) for role in roles]),
+                "row": torch.tensor(numbers),
             },
             batch_size=len(batch),
         )
@@ -172,6 +176,7 @@ class ReMATrainer(PPOTrainerSync):
             rows, clipped = (metrics.pop(f"actor/{role}/{name}", 0.0) for name in ("rows", "clipped"))
             if rows:
                 metrics[f"{role}/pg_clipfrac"] = clipped / rows
+        note_update(list(self.rows.values()), self.actor_rollout_wg.execute_with_func_generator(take_turns))
         return batch
 
     def _compute_metrics(self, batch: KVBatchMeta, metrics: dict, timing_raw: dict, **where) -> None:

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from rema_verl.config import ReMAConfig
 from rema_verl.dialogue import META_THINKING, REASONING, ROLES
-from rema_verl.report.recorder import START_FILE, Recorder, note_turns
+from rema_verl.report.recorder import START_FILE, Recorder, note_turns, note_update
 from rema_verl.report.trajectories import read_step, step_files
 
 
@@ -50,6 +50,20 @@ def test_turns_are_the_spans_of_the_row():
     advantages, old, rollout = torch.tensor([1.0, 3, 9, 9, -1]), torch.tensor([0.5, 0.5, 9, 9, 1]), torch.zeros(5)
     note_turns(row, advantages, old, rollout)
     assert row["advantages"] == [2.0, -1.0] and row["log_ratios"] == [0.5, 1.0]
+
+
+def test_an_update_is_noted_turn_by_turn():
+    """Two passes over row 1, whose second turn is empty; row 0 did not learn; -1 is verl's padding."""
+    rows = [{"turn_spans": [(0, 1)]}, {"turn_spans": [(0, 2), (2, 2), (4, 5)]}]
+    turns = {
+        "row": torch.tensor([1, 1, -1, 1, 1]),
+        "turn": torch.tensor([0, 1, 0, 0, 1]),
+        "log_ratio": torch.tensor([0.0, 0.0, 9.0, 0.5, -0.25]),
+        "clipped": torch.tensor([False, False, True, True, False]),
+    }
+    note_update(rows, turns)
+    assert rows[1]["update_log_ratios"] == [0.5, 0.0, -0.25] and rows[1]["clipped"] == [True, False, False]
+    assert "clipped" not in rows[0]
 
 
 def test_without_vllm_s_log_probs_there_is_no_ratio():

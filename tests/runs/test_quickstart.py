@@ -93,6 +93,8 @@ def test_report_of_a_real_run(quickstart, tmp_path):
     kept = list(read_step(files[15]))
     assert {"best", "worst", "longest"} <= {why for t in kept for why in t["picked"]}
     assert all(turn["advantage"] is not None and abs(turn["log_ratio"]) < 1e-3 for t in kept for turn in t["turns"])
+    # one mini-batch a step: the update starts from the policy that sampled, and clips nothing
+    assert all(abs(turn["update_log_ratio"]) < 1e-3 and turn["clipped"] is False for t in kept for turn in t["turns"])
     metrics = read_metrics(run / "metrics")
     assert metrics[15]["trajectories/dropped"] == 0 and "health/lazy_share" in metrics[15]
     assert cli.main(["report", str(run), "-o", str(tmp_path / "report.html")]) == 0
