@@ -21,7 +21,7 @@ test-long: setup  ## the longest end-to-end runs
 quickstart:       ## train the tiny task
 	bash recipes/quickstart.sh
 
-smoke: setup      ## every recipe for two real steps on CPU: about an hour on two cores
+smoke: setup      ## every recipe for two real steps on CPU: more than an hour on two cores
 	bash recipes/smoke.sh
 
 bench: setup      ## loss and estimator benchmarks, printed as a table
