@@ -12,6 +12,7 @@ from rema_verl.report.trajectories import read_step, step_files
 
 pytestmark = pytest.mark.slow
 
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory):
     """The quickstart, killed with SIGKILL in the middle of RL and started again with the same command.
