@@ -43,7 +43,7 @@ AGAIN = {"+": 0.1, "-": 0.1, "*": 0.4}  # refine and debate
 CHECK = {"+": 0.04, "-": 0.04, "*": 0.08}  # the critic's own calculation
 NEVER = dict.fromkeys(OPERATORS, 0.0)
 SHARED = 0.75  # of the slips are off by one, the rest by anything
-AGREES = (0.02, 0.08, 0.15, 0.35, 0.4)  # how often each verdict is given where the critic's result is the same
+AGREES = (0.02, 0.05, 0.1, 0.28, 0.55)  # how often each verdict is given where the critic's result is the same
 # shares of the rows
 KINDS = {"solve": 8, "critic": 8, "refine": 6, "cot": 1, "vanilla": 1, "debate": 1, "act": 1, "practice": 8}
 
@@ -82,8 +82,10 @@ def verdict(question: Question, text: str, rng: random.Random) -> str:
     from rema_verl.deliberation.protocol import VERDICTS, parse_solution
 
     steps, value = work_out(question, CHECK, rng)
-    agrees = parse_solution(text).answer == str(value)
-    return f"{steps}\nVERDICT: {rng.choices(VERDICTS, AGREES if agrees else AGREES[::-1])[0]}"
+    theirs = parse_solution(text).answer
+    agrees = theirs == str(value)
+    found = "same" if agrees else "different"  # spelt out for a tiny model
+    return f"{steps} {value} {found} {theirs}\nVERDICT: {rng.choices(VERDICTS, AGREES if agrees else AGREES[::-1])[0]}"
 
 
 def practice(rng: random.Random) -> list[dict[str, str]]:
