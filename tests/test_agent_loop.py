@@ -100,6 +100,7 @@ def check_no_drift(rows, client) -> None:
             mask[start:end] = [1] * (end - start)
         assert row.response_mask == mask
         assert all(p == 0.0 for p, m in zip(row.response_logprobs, mask, strict=True) if not m)
+    assert all(row.extra_fields["token_drift"] == 0 for row in rows.values())
     assert len(client.ids_seen) == sum(bool(calls) for calls in client.calls.values())  # one sticky id per role
 
 
@@ -244,6 +245,22 @@ def test_rows_carry_what_the_trainer_needs(tokenizers, family):
     assert meta["messages"] == ["m1", "r1", "m2 [FINISH]", "r2"] and meta["dialogue_turns"] == 2
     assert meta["prompt_tokens"] == sum(len(p) for calls in client.calls.values() for p, _, _ in calls)
     assert meta["cached_tokens"] == 4 and meta["min_global_steps"] == meta["max_global_steps"] == 3
+
+
+def test_token_drift_counts_what_a_builder_changes(tokenizers):
+    tokenizer = tokenizers["qwen2"]
+    client = ScriptedClient(tokenizer, script_of("m1", "r1", "m2 [FINISH]", "r2"))
+
+    async def run():
+        loop = make_loop(tokenizer, "qwen2", client)
+        builder = loop.continuous_token_builder
+        merge = builder.merge_assistant_tokens
+        # as if the builder encoded anew what was sampled, and found another last token
+        builder.merge_assistant_tokens = lambda ids, said: merge(ids, [*said[:-1], said[-1] ^ 1])
+        return await loop.run({}, raw_prompt=[{"role": "user", "content": "Q"}])
+
+    rows = asyncio.run(run())
+    assert [row.extra_fields["token_drift"] for row in rows] == [4, 4]  # one of each message
 
 
 def test_question_of():

@@ -11,6 +11,7 @@ MODULES = [
     "rema_verl.algorithms.turn_clip",
     "rema_verl.algorithms.turns",
     "rema_verl.config",
+    "rema_verl.agent_loops.prefill",
     "rema_verl.agent_loops.rema",
     "rema_verl.deliberation.objectives",
     "rema_verl.deliberation.protocol",

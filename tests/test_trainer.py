@@ -97,3 +97,45 @@ def test_padding_rows_have_no_role():
     trainer.rows = {"a": {"role": "reasoning"}}
     batch = SimpleNamespace(keys=["a", "a"], tags=[{}, {"is_padding": True}])
     assert [trainer._role(batch, i) for i in range(2)] == ["reasoning", None]
+
+
+def rollout_metrics(monkeypatch, rows: dict[str, tuple[dict, list[int], list[int]]]) -> dict:
+    """Of rows given as (extra_fields, prompt, response mask)."""
+
+    def get(keys, partition_id, select_fields):
+        columns = {"prompts": [rows[key][1] for key in keys], "response_mask": [rows[key][2] for key in keys]}
+        return {
+            name: torch.nested.as_nested_tensor([torch.tensor(v) for v in columns[name]], layout=torch.jagged)
+            for name in select_fields
+        }
+
+    monkeypatch.setattr(rema.tq, "kv_batch_get", get)
+    trainer = bare_trainer()
+    trainer.rows = {key: row for key, (row, _, _) in rows.items()}
+    return trainer._rollout_metrics("train")
+
+
+def test_prefill_is_compared_with_what_nobody_generated(monkeypatch):
+    def row(session, spans, **counts):
+        return {"trajectory_id": session, "turn_spans": spans, "token_drift": 0, **counts}
+
+    one, two = {"prompt_tokens": 20, "cached_tokens": 6}, {"prompt_tokens": 12, "cached_tokens": 10}
+    found = rollout_metrics(
+        monkeypatch,
+        {
+            "q_0_0": (row("a", [(0, 2), (5, 6)], **one), [1, 2, 3], [1, 1, 0, 0, 0, 1]),
+            "q_0_1": (row("a", [(0, 1)], **one), [1, 9, 9, 9], [1]),
+            "q_1_0": (row("b", [(0, 1)], **two), [1, 2, 3], [1]),  # the same opening
+            "q_1_1": (row("b", [], **two), [1, 9, 8], [0]),  # never spoke: nothing of it was prefilled
+        },
+    )
+    # 1 2 3 and 9 9 9 once, and the three tokens that meta_thinking heard
+    assert found["rollout/prefill_over_minimum"] == pytest.approx((14 + 2) / (6 + 3))
+    assert found["rollout/cache_hit_rate"] == pytest.approx(16 / 32)
+    assert found["rollout/rows_per_trajectory"] == 2 and found["rollout/token_drift"] == 0
+
+
+def test_rollout_metrics_without_rows():
+    trainer = bare_trainer()
+    trainer.rows = {}
+    assert trainer._rollout_metrics("train") == {}

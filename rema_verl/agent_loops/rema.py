@@ -26,6 +26,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.profiler import simple_timer
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 
+from rema_verl.agent_loops.prefill import common_prefix
 from rema_verl.config import ReMAConfig, role_config
 from rema_verl.dialogue import (
     JSON_SCHEMA,
@@ -166,6 +167,7 @@ class ReMAAgentLoop(AgentLoopBase):
         while (role := dialogue.speaker) is not None:
             before, seat = streams.get(role), self.seats[role]
             stream = await seat._listen(before, dialogue.view(role))
+            counts["drift"] += lost(before.ids, stream.ids) if before else 0
             if len(stream.ids) > self.rollout_config.prompt_length:
                 if not dialogue.messages:
                     return []
@@ -204,6 +206,7 @@ class ReMAAgentLoop(AgentLoopBase):
                 versions[role] += [version for version in seen if version is not None]
             output, *others = outputs
             streams[role] = await seat._speak(stream, output)
+            counts["drift"] += lost([*stream.ids, *output.token_ids], streams[role].ids)
             message, truncated = await seat._message(list(output.token_ids))
             dialogue.add(message, truncated=truncated)
             other_answers += [(await seat._message(list(other.token_ids)))[0] for other in others]
@@ -218,6 +221,7 @@ class ReMAAgentLoop(AgentLoopBase):
             "dialogue_turns": dialogue.num_turns,
             "prompt_tokens": counts["prompt_tokens"],
             "cached_tokens": counts["cached_tokens"],
+            "token_drift": counts["drift"],
             "messages": list(dialogue.messages),
             "other_answers": other_answers,
         }
@@ -276,6 +280,15 @@ class ReMAAgentLoop(AgentLoopBase):
         text = await self.loop.run_in_executor(None, lambda: self.tokenizer.decode(ids, skip_special_tokens=True))
         truncated = len(ids) >= self.rollout_config.response_length and ids[-1] not in self.end_ids
         return neutralise(text, self.control_strings), truncated
+
+
+def lost(sent: list[int], kept: list[int]) -> int:
+    """How many of the ids that the engine saw are not what ``kept`` begins with.
+
+    >>> lost([1, 2, 3], [1, 2, 3, 4]), lost([1, 2, 3], [1, 5, 3, 4])
+    (0, 2)
+    """
+    return 0 if kept[: len(sent)] == sent else len(sent) - common_prefix(sent, kept)
 
 
 def question_of(raw_prompt) -> str:

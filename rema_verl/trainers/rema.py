@@ -31,6 +31,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 from verl.utils.tensordict_utils import assign_non_tensor_stack
 
+from rema_verl.agent_loops.prefill import minimum_prefill
 from rema_verl.agent_loops.rema import question_of
 from rema_verl.algorithms.advantages import role_index
 from rema_verl.config import ReMAConfig
@@ -188,6 +189,7 @@ class ReMATrainer(PPOTrainerSync):
                 for prompt, model, source in zip(*(_column(fields, name) for name in names), strict=True)
             ]
 
+        metrics.update(self._rollout_metrics(batch.partition_id))
         with marked_timer("record", timing_raw):
             metrics.update(self.recorder.step(self.global_steps, self.rows, metrics, about))
         super()._compute_metrics(batch, metrics, timing_raw, **where)
@@ -240,9 +242,27 @@ class ReMATrainer(PPOTrainerSync):
         metrics["reward/acc/mean"] = float(np.mean([d["reward_extra_info"].get("acc", 0.0) for d in dialogues]))
         metrics["reward/grading_timeouts"] = graded["timeout"]
         metrics["reward/grading_errors"] = graded["error"] + graded["memory"]
-        prompt_tokens = sum(d["prompt_tokens"] for d in dialogues)
-        metrics["rollout/cache_hit_rate"] = sum(d["cached_tokens"] for d in dialogues) / max(prompt_tokens, 1)
         return metrics
+
+    def _rollout_metrics(self, partition_id: str) -> dict:
+        """What the engines prefilled, against the least there can be, and whether a token changed on its way."""
+        spoke = [key for key, row in self.rows.items() if row["turn_spans"]]
+        if not spoke:
+            return {}
+        fields = tq.kv_batch_get(keys=spoke, partition_id=partition_id, select_fields=["prompts", "response_mask"])
+        openings = [ids.tolist() for ids in fields["prompts"].unbind()]
+        heard = sum(int((mask == 0).sum()) for mask in fields["response_mask"].unbind())
+        minimum = minimum_prefill((ids, [0] * len(ids)) for ids in openings) + heard
+        dialogues = {
+            row["trajectory_id"]: row for row in self.rows.values()
+        }  # what is of a dialogue is on all its rows
+        total = {key: sum(d[key] for d in dialogues.values()) for key in ("prompt_tokens", "cached_tokens")}
+        return {
+            "rollout/cache_hit_rate": total["cached_tokens"] / max(total["prompt_tokens"], 1),
+            "rollout/prefill_over_minimum": (total["prompt_tokens"] - total["cached_tokens"]) / minimum,
+            "rollout/token_drift": sum(d["token_drift"] for d in dialogues.values()),
+            "rollout/rows_per_trajectory": len(self.rows) / len(dialogues),
+        }
 
     def _val_metrics_update(self, data_sources, sample_uids, *args, expected_acc_counts=None, **kwargs) -> dict:
         # verl scores a validation trajectory that did not arrive 0 and says nothing
