@@ -12,12 +12,12 @@ Persist, and counted.
 """
 
 import asyncio
+import time
 from collections import Counter
 from typing import Any
 from uuid import uuid4
 
 from verl.experimental.agent_loop.agent_loop import AgentLoopBase, AgentLoopMetrics, AgentLoopOutput, register
-from verl.utils.profiler import simple_timer
 
 from rema_verl.agent_loops import rema  # its names later: whoever imports it first imports this file in its middle
 from rema_verl.config.mpdf import MPDFConfig
@@ -63,7 +63,6 @@ class MPDFAgentLoop(AgentLoopBase):
         sampling = {**sampling_params, "max_tokens": self.rollout_config.response_length}
         counts: Counter[str] = Counter()
         versions: list[int] = []  # of the weights that generated
-        timing: dict[str, float] = {}
 
         async def generate(ids: list[int], agent: int, seed: int):
             output = await self.server_manager.generate(
@@ -93,24 +92,25 @@ class MPDFAgentLoop(AgentLoopBase):
         team = Team(self.mpdf.agents, self.mpdf.rounds, seed=self.seed or 0, prompts=self.mpdf.texts)
         question = neutralise(rema.question_of(kwargs["raw_prompt"]), self.tokens.control_strings)
         session = Session(question, str(kwargs.get("uid")), kwargs.get("session_id", 0), reply, team)
-        with simple_timer("generate_sequences", timing):
-            try:
-                first = (session.solution("solve", session.messages("solve"), i, 0) for i in range(team.agents))
-                states = list(await asyncio.gather(*first))
-            except PromptTooLong:
-                return []
-            players = [Player(self, session, generate, i) for i in range(team.agents)]
-            rounds = []
-            for t in range(1, team.rounds + 1):
-                moves = await asyncio.gather(*(player.act(states, t) for player in players))
-                before, states = states, [state for _, state in moves]
-                rounds.append(
-                    {
-                        "actions": [action for action, _ in moves],
-                        "answers": [[s.answer for s in before], [s.answer for s in states]],
-                        "confidences": [s.confidence for s in states],
-                    }
-                )
+        began = time.perf_counter()
+        try:
+            first = (session.solution("solve", session.messages("solve"), i, 0) for i in range(team.agents))
+            states = list(await asyncio.gather(*first))
+        except PromptTooLong:
+            return []
+        players = [Player(self, session, generate, i) for i in range(team.agents)]
+        rounds = []
+        for t in range(1, team.rounds + 1):
+            moves = await asyncio.gather(*(player.act(states, t) for player in players))
+            before, states = states, [state for _, state in moves]
+            rounds.append(
+                {
+                    "actions": [action for action, _ in moves],
+                    "answers": [[s.answer for s in before], [s.answer for s in states]],
+                    "confidences": [s.confidence for s in states],
+                }
+            )
+        seconds = time.perf_counter() - began
 
         shared = {
             "trajectory_id": trajectory_id,
@@ -132,9 +132,7 @@ class MPDFAgentLoop(AgentLoopBase):
                     response_mask=stream.mask,
                     response_logprobs=stream.logprobs,
                     num_turns=len(stream.spans),
-                    metrics=AgentLoopMetrics(
-                        generate_sequences=timing["generate_sequences"], num_preempted=counts["preempted"]
-                    ),
+                    metrics=AgentLoopMetrics(generate_sequences=seconds, num_preempted=counts["preempted"]),
                     extra_fields={
                         **shared,
                         "role": f"agent_{i}",

@@ -17,7 +17,7 @@ Workloads: ``real`` has the turn lengths of dialogues drawn from the 804 real on
 byte-level BPE of 8,000 tokens trained on them; in ``skewed`` 7 of 8 dialogues have 3 turns and 1 has 18, with messages
 as long as ones drawn from the real dialogues. ``--scale`` shortens every message.
 
-Nothing here is a test: the table says where a target of issue 7 is missed, and the script exits with 0.
+Nothing here is a test: the table says where a target is missed, and the script exits with 0.
 """
 
 import argparse
