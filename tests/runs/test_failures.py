@@ -44,9 +44,17 @@ def processes_of(runs: Path, pattern: str) -> list[psutil.Process]:
         if re.search(pattern, " ".join(process.info["cmdline"] or [])):
             # a process that renames itself writes over its environment: ask its parents too
             family = [process, *process.parents()]
-            if any(f"RUNS={runs}".encode() in Path(f"/proc/{p.pid}/environ").read_bytes() for p in family):
+            if any(f"RUNS={runs}".encode() in environment_of(p) for p in family):
                 found.append(process)
     return found
+
+
+def environment_of(process: psutil.Process) -> bytes:
+    """Nothing for a process that is gone or not ours: another test's engines may be running."""
+    try:
+        return Path(f"/proc/{process.pid}/environ").read_bytes()
+    except OSError:
+        return b""
 
 
 def check_clean_end(command: Command, checkpoints: Path, what: str) -> str:
