@@ -8,13 +8,12 @@
 # Real verl 0.9.1, Ray and vLLM. The task is SYNTHETIC (data_prep/build_tiny_mpdf.py): how good solver, critic and
 # second attempt are is written into its supervised data. It shows that the machinery learns, and nothing about
 # mathematics. A second run reuses what is there; a run that was killed goes on.
+QUESTIONS=${QUESTIONS:-600} EVAL_QUESTIONS=${EVAL_QUESTIONS:-300}
 source "$(dirname "${BASH_SOURCE[0]}")/mpdf_lib.sh"
 cpu_environment
 
 MPDF_DEVICE=cpu
 SFT_STEPS=${SFT_STEPS:-500}
-QUESTIONS=${QUESTIONS:-150}
-EVAL_QUESTIONS=${EVAL_QUESTIONS:-300}
 TEMPERATURE=1.0 MAX_TOKENS=40 CONTEXT=320 IN_FLIGHT=32
 for SEED in ${SEEDS:-${SEED:-0}}; do
   name=mpdf_quickstart_seed$SEED

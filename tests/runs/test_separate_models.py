@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from common import read_metrics
@@ -28,11 +30,22 @@ STEPS, TURN = 4, 2
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """A random model per role, which says something else each time, and a reward that depends on every letter of it."""
+    """Sums, a model per role that talks about them, and a reward that depends on every letter of the last message."""
     folder = tmp_path_factory.mktemp("separate")
-    small = ["--sft=100", "--val=4", "--train=64", "--hidden=64", "--layers=1"]
+    rows = [
+        {
+            "data_source": "sums",
+            "prompt": [{"role": "user", "content": f"{n} + {n % 7}?"}],
+            "reward_model": {"style": "rule", "ground_truth": str(n + n % 7)},
+        }
+        for n in range(16)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "sums.parquet")
+    (folder / "recipe.txt").write_text("rema.max_turns=2\n")
     for seed, role in enumerate(ROLES):
-        importlib.import_module("build_tiny").main([f"--out={folder / role}", f"--seed={seed}", *small])
+        files = [f"--{split}={folder}/sums.parquet" for split in ("train", "val")]
+        arguments = [f"--overrides={folder}/recipe.txt", f"--out={folder}/{role}", f"--seed={seed}", "--rows=16"]
+        importlib.import_module("build_smoke").main([*files, *arguments, "--steps=60"])
     (folder / "reward.py").write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):\n"
         "    return sum(map(ord, solution_str)) % 97 / 97\n"
@@ -42,17 +55,14 @@ def inputs(tmp_path_factory) -> Path:
 
 def command(inputs: Path, run: Path) -> list[str]:
     config = {
-        "data.train_files": inputs / META_THINKING / "train.parquet",
-        "data.val_files": inputs / META_THINKING / "val.parquet",
+        "data.train_files": inputs / "sums.parquet",
+        "data.val_files": inputs / "sums.parquet",
         "data.train_batch_size": 4,
-        "data.max_prompt_length": 160,
-        "data.max_response_length": 16,
+        "data.max_prompt_length": 768,
+        "data.max_response_length": 32,
         "data.seed": 0,
         "rema.max_turns": 2,
         "rema.seed": 0,
-        "rema.prompts.meta_thinking": "plan",
-        "rema.prompts.reasoning": "solve",
-        "rema.prompts.first_instruction": "'{question}|{instruction}'",
         "reward.custom_reward_function.path": inputs / "reward.py",
         "rema.roles.meta_thinking.model_path": inputs / META_THINKING / "model",
         "rema.roles.reasoning.model_path": inputs / REASONING / "model",
