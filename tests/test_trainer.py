@@ -139,3 +139,37 @@ def test_rollout_metrics_without_rows():
     trainer = bare_trainer()
     trainer.rows = {}
     assert trainer._rollout_metrics("train") == {}
+
+
+def test_a_step_in_which_nobody_speaks_says_so(monkeypatch, tmp_path):
+    """One model per role, and every dialogue was cut off before the role that learns had its turn."""
+    rows = {
+        "q_0_0": {"role": "meta_thinking", "turn_spans": [(0, 4)], "stop_reason": "truncated"},
+        "q_0_1": {"role": "reasoning", "turn_spans": [], "stop_reason": "truncated"},
+    }
+    monkeypatch.setattr(rema.tq, "kv_batch_get", lambda **_: {"extra_fields": list(rows.values())})
+    trainer = bare_trainer(
+        actor_rollout_ref={"rollout": {"n": 1}},
+        data={"train_batch_size": 1},
+        trainer={"default_local_dir": str(tmp_path)},
+    )
+    trainer.rema = SimpleNamespace(seed=None)
+    trainer.replay_buffer = SimpleNamespace(failure_keys={"train": []})
+    trainer.global_steps, trainer.learning = 3, ("reasoning",)
+    with pytest.raises(RuntimeError, match=r"step 3: reasoning did not say a word .*'truncated': 2.*the start"):
+        trainer._balance_batch(Keys(list(rows)), {})
+
+
+class Keys:
+    """As much of verl's KVBatchMeta as is needed."""
+
+    partition_id = "train"
+
+    def __init__(self, keys: list[str]):
+        self.keys = keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def select_keys(self, keys: list[str]) -> "Keys":
+        return Keys(keys)

@@ -114,7 +114,14 @@ class ReMATrainer(PPOTrainerSync):
             batch = batch.select_keys(sorted(batch.keys))
         fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
         self.rows = dict(zip(batch.keys, _column(fields, "extra_fields"), strict=True))
-        return super()._balance_batch(self._rows_of(self.learning, batch), metrics, **kwargs)
+        learning = self._rows_of(self.learning, batch)
+        if not any(self.rows[key]["turn_spans"] for key in learning.keys):
+            stops = Counter(str(row.get("stop_reason")) for row in self.rows.values())
+            raise RuntimeError(
+                f"{PREFIX} step {self.global_steps}: {' and '.join(self.learning)} did not say a word in any dialogue "
+                f"(rows by stop reason: {dict(stops)}): there is nothing to learn from; {self.resume_hint()}"
+            )
+        return super()._balance_batch(learning, metrics, **kwargs)
 
     def _rows_of(self, roles: tuple[str, ...], batch: KVBatchMeta) -> KVBatchMeta:
         """The rows of ``batch`` that these roles spoke in."""
