@@ -310,6 +310,14 @@ def _speed(runs: list[Run]) -> list[Chart]:
     found.append(
         Chart(
             "Speed",
+            "Prefill against the least",
+            "Prompt tokens that were computed, over the fewest there can be: rollout/prefill_over_minimum.",
+            _figure(_by_run(runs, "rollout/prefill_over_minimum"), "ratio", yaxis={"rangemode": "tozero"}),
+        )
+    )
+    found.append(
+        Chart(
+            "Speed",
             "Throughput",
             "Tokens per second and device, whole step: perf/throughput.",
             _figure(_by_run(runs, "perf/throughput"), "tokens/s", yaxis={"rangemode": "tozero"}),

@@ -55,6 +55,7 @@ def metrics(step: int, steps: int, rng: random.Random, pace: float = 1.0) -> dic
         "actor/grad_norm": 0.5 + abs(noise) * 5,
         "training/rollout_probs_diff_max": 1e-6 * math.exp(noise * 20),
         "rollout/cache_hit_rate": 0.5 + 0.2 * done,
+        "rollout/prefill_over_minimum": 1.3 - 0.2 * done,
         "rollout/failed_trajectories": 0,
         "perf/throughput": 900 + 2000 * noise,
         "timing_s/step": 9.0,

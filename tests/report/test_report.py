@@ -44,8 +44,8 @@ def test_every_metric_of_a_run_has_its_chart(tmp_path):
     for title in (
         "Accuracy", "Reward", "Turns per role", "Tokens per role", "Finish rate", "Stop reasons", "Turn ratios",
         "Clip fraction per role", "Entropy per role", "Actions in round 1", "Actions in round 2", "Where the time goes",
-        "Prefill efficiency", "lazy_share", "echo/within", "leak_share", "zero_advantage_groups",
-        "entropy_vs_start/reasoning", "log_ratio/rollout_max", "grading_timeout_share",
+        "Prefill efficiency", "Prefill against the least", "lazy_share", "echo/within", "leak_share",
+        "zero_advantage_groups", "entropy_vs_start/reasoning", "log_ratio/rollout_max", "grading_timeout_share",
     ):  # fmt: skip
         assert title in found, title
 
