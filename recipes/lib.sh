@@ -41,7 +41,7 @@ cpu_environment() {
   bash recipes/setup_cpu.sh
   export PATH="$PWD/.venv/bin:$PATH" VERL_PLATFORM=cpu HF_HUB_OFFLINE=1 RAY_AUTH_MODE=disabled
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} TQ_NUM_THREADS=2
-  export TORCHDYNAMO_DISABLE=1 # vLLM compiles one sampling function, for longer than it ever saves here
+  export TORCHDYNAMO_DISABLE=1 # or vLLM compiles a sampling function in C++ at every start
 }
 
 # Two runs in one folder would write over each other's checkpoints. The lock lasts as long as any process of the run.

@@ -50,3 +50,10 @@ def test_notes_are_taken_once(monkeypatch):
 def test_no_turn_at_all():
     zeros = torch.zeros(2, 4)
     assert len(losses.turns_of(CONFIG, zeros, zeros, zeros, zeros, torch.tensor([0, 1]))) == 0
+
+
+def test_a_clip_range_that_reaches_zero_clips_nothing_below():
+    zeros = torch.zeros(2, 4)
+    wide = OmegaConf.merge(CONFIG, {"clip_ratio_low": 1.0})
+    found = losses.turns_of(wide, zeros - 5, zeros, zeros - 1, MASK, torch.tensor([0, 1]))
+    assert found["clipped"].tolist() == [False, False, False]

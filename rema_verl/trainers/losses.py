@@ -7,8 +7,6 @@ wrapper, which runs in verl's actor workers, asks the configured policy loss onc
 its clip fraction, and notes every turn's ratio until the trainer collects them with :func:`take_turns`.
 """
 
-import math
-
 import torch
 from tensordict import TensorDict
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
@@ -50,7 +48,7 @@ def role_ppo_loss(config, model_output, data, dp_group=None):
                 clipped = count * float(of_role.get("actor/pg_clipfrac", 0.0))
             metrics[f"actor/{role}/rows"] = Metric(AggregationType.SUM, float(count))
             metrics[f"actor/{role}/clipped"] = Metric(AggregationType.SUM, clipped)
-        _noted.append(turns_of(config, log_prob, **rows, row=data["row"]).cpu())
+        _noted.append(turns_of(config, log_prob, **rows, row=data["row"]))
     return loss, metrics
 
 
@@ -70,9 +68,10 @@ def turns_of(config, log_prob, old_log_probs, advantages, response_mask, row) ->
     low, high = (
         config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high)
     )
-    too_high = (advantage > 0) & (log_ratio > math.log1p(high))
-    too_low = (advantage < 0) & (log_ratio < math.log1p(-low))
-    dual = (advantage < 0) & (log_ratio > math.log(config.get("clip_ratio_c", 3.0)))
+    ratio = log_ratio.exp()
+    too_high = (advantage > 0) & (ratio > 1 + high)
+    too_low = (advantage < 0) & (ratio < 1 - low)
+    dual = (advantage < 0) & (ratio > config.get("clip_ratio_c", 3.0))
     first = (turns.per_row.cumsum(0) - turns.per_row)[turns.row]
     fields = {
         "row": row.to(turns.row.device)[turns.row],
@@ -97,6 +96,6 @@ def take_turns(worker) -> TensorDict:
         },
         batch_size=[0],
     )
-    taken = torch.cat([nothing, *_noted])
+    taken = torch.cat([nothing, *(turns.cpu() for turns in _noted)])
     _noted.clear()
     return taken

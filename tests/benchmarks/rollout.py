@@ -1,6 +1,6 @@
 """Two-role rollout on real vLLM: independent dialogues, lock-step, no prefix cache, and the least prefill possible.
 
-    python tests/benchmarks/rollout.py [--json FILE] [--trajectories 48] [--repeats 3] [--workloads real,skewed]
+    python tests/benchmarks/rollout.py [--json FILE] [--trajectories 64] [--repeats 3] [--workloads real,skewed]
 
 Three ways to roll out the same dialogues, on one engine in one process run, taking turns:
 
