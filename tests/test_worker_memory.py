@@ -7,21 +7,19 @@ import asyncio
 import gc
 import sys
 import tracemalloc
+from itertools import pairwise
+from statistics import median
 
 import pytest
 from conftest import MODEL_TYPE
 from omegaconf import OmegaConf
 from tensordict import TensorDict
-from verl.experimental.agent_loop.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1 import agent_loop_tq
 from verl.utils.tensordict_utils import assign_non_tensor_data, assign_non_tensor_stack
 from verl.workers.rollout.replica import TokenOutput
 
-from rema_verl.agent_loops.rema import ReMAAgentLoop, Stream
-from rema_verl.dialogue import Dialogue
-
 TURNS = 2
-OURS = (Stream, Dialogue, ReMAAgentLoop, AgentLoopOutput)
+DIALOGUES = 100
 VerlWorker = agent_loop_tq.AgentLoopWorkerTQ.__ray_metadata__.modified_class  # the class inside the Ray actor
 
 
@@ -92,30 +90,22 @@ def worker(tokenizers, monkeypatch) -> Worker:
     return Worker(tokenizers["qwen2"])  # of the others verl warns, and pytest keeps the warnings
 
 
-def alive() -> int:
-    gc.collect()
-    return sum(isinstance(o, OURS) for o in gc.get_objects())
-
-
 def test_nothing_stays_of_a_thousand_dialogues(worker):
-    async def soak():
-        async def play(count):
-            await worker.begin(count)
+    async def soak() -> list[int]:
+        """Memory blocks that each hundred dialogues leave behind."""
+        blocks = []
+        for _ in range(12):
+            await worker.begin(DIALOGUES)
             await worker.end()
             worker.llm_client.contexts.clear()
-
-        before = alive()
-        await play(100)  # fills caches that are filled once
-        gc.collect()
-        blocks = sys.getallocatedblocks()
-        for _ in range(10):
-            await play(100)
-        assert alive() == before and not worker.background_tasks
-        return sys.getallocatedblocks() - blocks
+            gc.collect()
+            blocks.append(sys.getallocatedblocks())
+        return [after - before for before, after in pairwise(blocks[1:])]  # the first fills caches
 
     grown = asyncio.run(soak())
-    assert worker.rows == 2 * 1100 and agent_loop_tq.tq.failures == 0
-    assert grown < 1000  # small objects of any kind: less than one a dialogue
+    assert worker.rows == 12 * 2 * DIALOGUES and agent_loop_tq.tq.failures == 0 and not worker.background_tasks
+    # A leak grows every time; what other threads and lazy caches allocate comes now and then, hence the median.
+    assert median(grown) < DIALOGUES / 4, grown
 
 
 def test_memory_follows_the_tokens_in_flight(worker):
