@@ -20,6 +20,7 @@ verl's SFT format), ``train.parquet`` and ``val.parquet`` (verl's RL format, no 
 """
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -92,13 +93,13 @@ def rl_row(numbers: list[int], operators: list[str], split: str, index: int) -> 
     }
 
 
-def build_tokenizer(corpus: list[str], vocabulary: int = 320):
-    """Byte-level BPE: any text can be encoded, a digit is one token wherever it stands."""
+def build_tokenizer(corpus: Sequence[str], vocabulary: int = 320, pre_tokenizer=None):
+    """Byte-level BPE: any text can be encoded. By default a digit is one token wherever it stands."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizer or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     trainer = trainers.BpeTrainer(

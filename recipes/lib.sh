@@ -1,8 +1,10 @@
 # Shared by the recipes; source it from the repository's root. Defines:
 #   need COMMAND FILE...   stop where one of a recipe's data files is missing, and name the command that makes it
 #   train NAME ARG...      python -m verl.trainer.main_ppo with the config rema_trainer, outputs under $RUNS/NAME
+#   launch CONFIG NAME ..  the same with another config, whose inputs for SMOKE=1 the function CONFIG_smoke makes
 #   alternate NAME ...     the same for one role after the other, a model per role
 #   sft NAME ARG...        verl's SFT trainer, the model in $RUNS/NAME/model
+#   tiny_cold_start ...    the same on CPU for a tiny task: data/ of a folder in, model of that folder out
 #   KNOBS                  what the environment sets of the table below, for a recipe's command line
 # SMOKE=1 makes `train` and `sft` run any recipe for two real steps on CPU: other model, size and device, the rest
 # unchanged. PRINT_OVERRIDES=1 makes them print the Hydra overrides, one per line, and start nothing.
@@ -85,15 +87,16 @@ smoke_overrides() {
   mapfile -t extra < <(python recipes/overrides.py "${files[@]}" && cat "$inputs/overrides.txt")
 }
 
-train() {
-  local name=$1; shift
+launch() {
+  local config=$1 name=$2
+  shift 2
   [ "$SMOKE" != 1 ] || name=smoke_$name
   local run=$RUNS/$name extra=()
+  [ "$config" != rema_trainer ] || set -- rema.trajectories.folder="$run/trajectories" "$@"
   set -- hydra.run.dir="$run/hydra" \
     trainer.project_name=rema-verl trainer.experiment_name="$name" \
     trainer.default_local_dir="$run/checkpoints" \
     trainer.rollout_data_dir="$run/rollouts" trainer.validation_data_dir="$run/validation" \
-    rema.trajectories.folder="$run/trajectories" \
     "$@"
   if [ "${PRINT_OVERRIDES:-0}" = 1 ]; then
     printf '%s\n' "$@"
@@ -101,12 +104,16 @@ train() {
   fi
   mkdir -p "$run/metrics"
   only_one_run_in "$run"
-  if [ "$SMOKE" = 1 ]; then
-    smoke_overrides rema_trainer "$run/inputs" rema_verl/config/device/cpu.yaml rema_verl/config/size/smoke.yaml -- "$@"
-  fi
+  [ "$SMOKE" != 1 ] || "${config}_smoke" "$run/inputs" "$@"
   # one metrics file per launch: verl would overwrite it when a run resumes
   export VERL_FILE_LOGGER_PATH=$run/metrics/$(date +%Y%m%d-%H%M%S).jsonl
-  python -m verl.trainer.main_ppo --config-name rema_trainer "$@" "${extra[@]}"
+  python -m verl.trainer.main_ppo --config-name "$config" "$@" "${extra[@]}"
+}
+
+train() { launch rema_trainer "$@"; }
+
+rema_trainer_smoke() {
+  smoke_overrides rema_trainer "$1" rema_verl/config/device/cpu.yaml rema_verl/config/size/smoke.yaml -- "${@:2}"
 }
 
 # alternate NAME ITERATIONS MIN MAX FILTER... -- ARG...: ReMA's Algorithm 1. In each iteration first reasoning learns, then
@@ -166,4 +173,43 @@ sft() {
   export VERL_FILE_LOGGER_PATH=$run/metrics/$(date +%Y%m%d-%H%M%S).jsonl
   torchrun --standalone --nproc_per_node="$workers" -m verl.trainer.sft_trainer "$@" "${extra[@]}"
   ln -sfn "checkpoints/global_step_$(cat "$run/checkpoints/latest_checkpointed_iteration.txt")/huggingface" "$run/model"
+}
+
+# tiny_cold_start FOLDER SEED STEPS ARG...: verl's SFT trainer on CPU, from FOLDER/data/model on FOLDER/data/sft.parquet.
+# The result is linked as FOLDER/model. What is there already is not made again.
+tiny_cold_start() {
+  local folder=$1 seed=$2 steps=$3
+  shift 3
+  local tuned=$folder/cold_start/global_step_$steps/huggingface
+  if [ ! -e "$tuned/model.safetensors" ]; then
+    python recipes/watch.py --title "cold start" --log "$folder/cold_start.log" --steps "$steps" -- \
+      torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \
+      hydra.run.dir="$folder/hydra_sft" \
+      data.train_files="$folder/data/sft.parquet" \
+      data.use_dynamic_bsz=False \
+      model.path="$folder/data/model" \
+      model.enable_gradient_checkpointing=False \
+      +model.override_config.attn_implementation=sdpa \
+      engine.strategy=fsdp2 \
+      engine.model_dtype=fp32 \
+      engine.dtype=float32 \
+      +engine.mixed_precision.param_dtype=fp32 \
+      engine.use_torch_compile=False \
+      optim.lr=2e-3 \
+      optim.betas='[0.9,0.95]' \
+      optim.weight_decay=0.0 \
+      optim.lr_scheduler_type=cosine \
+      optim.lr_warmup_steps=20 \
+      checkpoint.save_contents='[hf_model]' \
+      trainer.device=cpu \
+      trainer.seed="$seed" \
+      trainer.default_local_dir="$folder/cold_start" \
+      trainer.logger='[console]' \
+      trainer.total_training_steps="$steps" \
+      trainer.total_epochs=100 \
+      trainer.save_freq="$steps" \
+      trainer.resume_mode=disable \
+      "$@"
+  fi
+  ln -sfn "$(realpath --relative-to="$folder" "$tuned")" "$folder/model"
 }

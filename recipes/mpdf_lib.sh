@@ -23,45 +23,14 @@ MPDF_DEVICE=${DEVICE:-gpu}
 IN_FLIGHT=${IN_FLIGHT:-64}
 
 tiny_mpdf() { # FOLDER SEED SFT_STEPS: task, model and cold start in FOLDER; the model is FOLDER/model
-  local start=$1 seed=$2 steps=$3
-  mkdir -p "$start"
-  [ -e "$start/data/manifest.json" ] || python data_prep/build_tiny_mpdf.py --out "$start/data" --seed "$seed"
-  local tuned=$start/cold_start/global_step_$steps/huggingface
-  if [ ! -e "$tuned/model.safetensors" ]; then
-    python recipes/watch.py --title "cold start" --log "$start/cold_start.log" --steps "$steps" -- \
-      torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \
-      hydra.run.dir="$start/hydra_sft" \
-      data.train_files="$start/data/sft.parquet" \
-      data.train_batch_size="${SFT_ROWS:-32}" \
-      data.micro_batch_size_per_gpu=16 \
-      data.use_dynamic_bsz=False \
-      data.max_length=192 \
-      data.num_workers=0 \
-      model.path="$start/data/model" \
-      model.use_remove_padding=True \
-      model.enable_gradient_checkpointing=False \
-      +model.override_config.attn_implementation=sdpa \
-      engine.strategy=fsdp2 \
-      engine.model_dtype=fp32 \
-      engine.dtype=float32 \
-      +engine.mixed_precision.param_dtype=fp32 \
-      engine.use_torch_compile=False \
-      optim.lr=2e-3 \
-      optim.betas='[0.9,0.95]' \
-      optim.weight_decay=0.0 \
-      optim.lr_scheduler_type=cosine \
-      optim.lr_warmup_steps=20 \
-      checkpoint.save_contents='[hf_model]' \
-      trainer.device=cpu \
-      trainer.seed="$seed" \
-      trainer.default_local_dir="$start/cold_start" \
-      trainer.logger='[console]' \
-      trainer.total_training_steps="$steps" \
-      trainer.total_epochs=100 \
-      trainer.save_freq="$steps" \
-      trainer.resume_mode=disable
-  fi
-  ln -sfn "$(realpath --relative-to="$start" "$tuned")" "$start/model"
+  mkdir -p "$1"
+  [ -e "$1/data/manifest.json" ] || python data_prep/build_tiny_mpdf.py --out "$1/data" --seed "$2"
+  tiny_cold_start "$1" "$2" "$3" \
+    data.train_batch_size="${SFT_ROWS:-32}" \
+    data.micro_batch_size_per_gpu=16 \
+    data.max_length=192 \
+    data.num_workers=0 \
+    model.use_remove_padding=True
 }
 
 mpdf_stages() {
@@ -104,33 +73,17 @@ mpdf_stages() {
   echo "everything is in $run"
 }
 
-mpdf_train() {
-  local name=$1; shift
-  [ "$SMOKE" != 1 ] || name=smoke_$name
-  local run=$RUNS/$name extra=()
-  set -- hydra.run.dir="$run/hydra" \
-    trainer.project_name=rema-verl trainer.experiment_name="$name" \
-    trainer.default_local_dir="$run/checkpoints" \
-    trainer.rollout_data_dir="$run/rollouts" trainer.validation_data_dir="$run/validation" \
-    "$@"
-  if [ "${PRINT_OVERRIDES:-0}" = 1 ]; then
-    printf '%s\n' "$@"
-    exit
-  fi
-  mkdir -p "$run/metrics"
-  only_one_run_in "$run"
-  if [ "$SMOKE" = 1 ]; then
-    SFT_ROWS=16 tiny_mpdf "$run/inputs" 0 "${SFT_STEPS:-30}"
-    local inputs=$run/inputs kind
-    mapfile -t extra < <(python recipes/overrides.py rema_verl/config/device/cpu.yaml rema_verl/config/size/smoke.yaml)
-    extra+=(
-      "data.train_files=$inputs/data/train.parquet" "data.val_files=$inputs/data/val.parquet"
-      "actor_rollout_ref.model.path=$(realpath "$inputs/model")"
-    )
-    for kind in solve critic act; do extra+=("mpdf.prompts.$kind=$kind"); done
-  fi
-  export VERL_FILE_LOGGER_PATH=$run/metrics/$(date +%Y%m%d-%H%M%S).jsonl
-  python -m verl.trainer.main_ppo --config-name mpdf_trainer "$@" "${extra[@]}"
+mpdf_train() { launch mpdf_trainer "$@"; }
+
+mpdf_trainer_smoke() { # FOLDER: the tiny task, and `extra` to train on it
+  local inputs=$1 kind
+  SFT_ROWS=16 tiny_mpdf "$inputs" 0 "${SFT_STEPS:-30}"
+  mapfile -t extra < <(python recipes/overrides.py rema_verl/config/device/cpu.yaml rema_verl/config/size/smoke.yaml)
+  extra+=(
+    "data.train_files=$inputs/data/train.parquet" "data.val_files=$inputs/data/val.parquet"
+    "actor_rollout_ref.model.path=$(realpath "$inputs/model")"
+  )
+  for kind in solve critic act; do extra+=("mpdf.prompts.$kind=$kind"); done
 }
 
 MPDF_PROMPTS=()

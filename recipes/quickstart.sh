@@ -28,46 +28,17 @@ echo "== 1/4 task and model (synthetic)"
 [ -e "$DATA/manifest.json" ] || python data_prep/build_tiny.py --out "$DATA" --seed "$SEED"
 
 echo "== 2/4 supervised cold start (verl's SFT trainer)"
-COLD_START=$START_FROM/cold_start/global_step_$SFT_STEPS/huggingface
-if [ ! -e "$COLD_START/model.safetensors" ]; then
-  python recipes/watch.py --title "cold start" --log "$START_FROM/cold_start.log" --steps "$SFT_STEPS" -- \
-    torchrun --standalone --nproc_per_node=1 -m verl.trainer.sft_trainer \
-    hydra.run.dir="$START_FROM/hydra_sft" \
-    data.train_files="$DATA/sft.parquet" \
-    data.train_batch_size=64 \
-    data.micro_batch_size_per_gpu=64 \
-    data.use_dynamic_bsz=False \
-    data.max_length=128 \
-    data.num_workers=1 \
-    model.path="$DATA/model" \
-    model.use_remove_padding=False \
-    model.enable_gradient_checkpointing=False \
-    +model.override_config.attn_implementation=sdpa \
-    engine.strategy=fsdp2 \
-    engine.model_dtype=fp32 \
-    engine.dtype=float32 \
-    +engine.mixed_precision.param_dtype=fp32 \
-    engine.use_torch_compile=False \
-    optim.lr=2e-3 \
-    optim.betas='[0.9,0.95]' \
-    optim.weight_decay=0.0 \
-    optim.lr_scheduler_type=cosine \
-    optim.lr_warmup_steps=20 \
-    checkpoint.save_contents='[hf_model]' \
-    trainer.device=cpu \
-    trainer.seed="$SEED" \
-    trainer.default_local_dir="$START_FROM/cold_start" \
-    trainer.logger='[console]' \
-    trainer.total_training_steps="$SFT_STEPS" \
-    trainer.total_epochs=100 \
-    trainer.save_freq="$SFT_STEPS" \
-    trainer.resume_mode=disable
-fi
+tiny_cold_start "$START_FROM" "$SEED" "$SFT_STEPS" \
+  data.train_batch_size=64 \
+  data.micro_batch_size_per_gpu=64 \
+  data.max_length=128 \
+  data.num_workers=1 \
+  model.use_remove_padding=False
 
 echo "== 3/4 ReMA (verl's main_ppo, real vLLM)"
 only_one_run_in "$RUN"
 if [ ! -e "$RUN/done_$STEPS" ]; then
-  export -f train cpu_environment only_one_run_in
+  export -f train launch only_one_run_in
   export RUNS SMOKE=0
   python recipes/watch.py --title "RL" --log "$RUN/train.log" --metrics "$RUN/metrics" --steps "$STEPS" -- \
     bash -c 'set -euo pipefail; train "$@"' train "$NAME" \
@@ -83,7 +54,7 @@ if [ ! -e "$RUN/done_$STEPS" ]; then
     rema.prompts.meta_thinking=plan \
     rema.prompts.reasoning=solve \
     rema.prompts.first_instruction="'{question}|{instruction}'" \
-    actor_rollout_ref.model.path="$COLD_START" \
+    actor_rollout_ref.model.path="$(realpath "$START_FROM/model")" \
     actor_rollout_ref.actor.ppo_mini_batch_size=16 \
     actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64 \
     actor_rollout_ref.actor.optim.lr=2e-4 \
