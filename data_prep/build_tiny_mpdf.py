@@ -25,17 +25,17 @@ and ``val.parquet`` (verl's RL format, no question in common), ``prompts.json`` 
 
 import itertools
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 from _common import Parser, UserError, positive_int, run_main, write_outputs
-from build_tiny import CHAT_TEMPLATE, MODULUS, build_model, rl_row, text_of
+from build_tiny import MODULUS, build_model, build_tokenizer, rl_row, text_of
 
 PROMPTS = {kind: kind for kind in ("solve", "critic", "refine", "vanilla", "cot", "debate", "act")}  # short rows
 OPERANDS = 3
 PRACTICE = 9  # operands of a practice row
 OPERATORS = "+-**"  # as often as they stand here
+VOCABULARY = 640  # tokens
 AGENTS = 3  # whose solutions a debate shows
 # probability of a slip, by operator
 SOLVE = {"+": 0.1, "-": 0.1, "*": 0.5}
@@ -45,7 +45,7 @@ NEVER = dict.fromkeys(OPERATORS, 0.0)
 SHARED = 0.75  # of the slips are off by one, the rest by anything
 AGREES = (0.02, 0.05, 0.1, 0.28, 0.55)  # how often each verdict is given where the critic's result is the same
 # shares of the rows
-KINDS = {"solve": 8, "critic": 8, "refine": 6, "cot": 1, "vanilla": 1, "debate": 1, "act": 1, "practice": 8}
+KINDS = {"solve": 8, "critic": 8, "refine": 6, "cot": 1, "vanilla": 1, "debate": 5, "act": 1, "practice": 8}
 
 Question = tuple[list[int], list[str]]
 
@@ -102,7 +102,8 @@ def chat(kind: str, question: Question, rng: random.Random) -> list[dict[str, st
 
     if kind == "practice":
         return practice(rng)
-    texts = [solution(question, rng.choice([SOLVE, AGAIN]), rng) for _ in range(AGENTS)]
+    profile = kind != "debate" or rng.random() < 0.5  # debaters show profiles in the first round alone
+    texts = [solution(question, rng.choice([SOLVE, AGAIN]), rng, profile) for _ in range(AGENTS)]
     values = {"question": text_of(*question), "solution": texts[0], "confidence": show(rng.randrange(5) / 4)}
     values["peers"] = show_peers(texts[1:], [rng.randrange(5) / 4 for _ in texts[1:]] if kind == "act" else None)
     if kind == "critic":
@@ -137,35 +138,6 @@ def all_questions(rng: random.Random) -> list[Question]:
     return sorted(found, key=place, reverse=True)
 
 
-def build_tokenizer(corpus: Sequence[str], vocabulary: int = 384):
-    """Digits and operators are tokens of their own; the text between them is as few tokens as its frequency allows."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"[0-9+*-]"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary + len(alphabet), special_tokens=special, initial_alphabet=alphabet
-    )
-    tokenizer.train_from_iterator(corpus, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|end|>",
-        pad_token="<|pad|>",
-        additional_special_tokens=special[2:],
-        chat_template=CHAT_TEMPLATE,
-        model_max_length=1024,
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("data/tiny_mpdf"))
@@ -176,6 +148,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=positive_int, default=256)
     parser.add_argument("--layers", type=positive_int, default=2)
     args = parser.parse_args(argv)
+    from tokenizers import Regex, pre_tokenizers
 
     rng = random.Random(args.seed)
     questions = all_questions(rng)
@@ -192,8 +165,14 @@ def main(argv: list[str] | None = None) -> None:
     kinds = rng.choices(list(KINDS), list(KINDS.values()), k=args.sft)
     sft = [{"messages": chat(kind, rng.choice(rest), rng), "kind": kind} for kind in kinds]
 
-    # a message each: what the template puts between them is special tokens
-    tokenizer = build_tokenizer([m["content"] for row in sft[:6000] for m in row["messages"]])
+    # Digits and operators are tokens of their own; the text between them is as few tokens as its frequency allows. A
+    # message each: what the template puts between them is special tokens.
+    pieces = [
+        pre_tokenizers.Split(Regex(r"[0-9+*-]"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    messages = [message["content"] for row in sft[:6000] for message in row["messages"]]
+    tokenizer = build_tokenizer(messages, VOCABULARY, pre_tokenizers.Sequence(pieces))
     model = build_model(tokenizer, args.out / "model", args.seed, args.hidden, args.layers, spread=0.06)
     write_outputs(
         args.out,
