@@ -60,7 +60,7 @@ class MPDFAgentLoop(AgentLoopBase):
             One output per agent, in order; an empty list when the question does not fit.
         """
         trajectory_id = uuid4().hex
-        sampling = {**sampling_params, "max_tokens": self.rollout_config.response_length}
+        sampling = {**sampling_params, "max_tokens": self.tokens.turn_tokens}
         counts: Counter[str] = Counter()
         versions: list[int] = []  # of the weights that generated
 
@@ -83,10 +83,10 @@ class MPDFAgentLoop(AgentLoopBase):
         async def reply(messages, *, request_id: str, seed: int, **_) -> Reply:
             """A call that is not trained, with verl's sampling parameters."""
             ids = (await self.tokens._listen(None, messages)).ids
-            if len(ids) > self.rollout_config.prompt_length:
+            if len(ids) > self.tokens.context_tokens:
                 raise PromptTooLong
             output = await generate(ids, int(request_id.rpartition("-")[2]), seed)
-            text, truncated = await self.tokens._message(list(output.token_ids))
+            text, truncated = self.tokens._message(list(output.token_ids))
             return Reply(text, len(ids), len(output.token_ids), truncated)
 
         team = Team(self.mpdf.agents, self.mpdf.rounds, seed=self.seed or 0, prompts=self.mpdf.texts)
@@ -171,7 +171,7 @@ class Player:
         own = states[self.agent]
         view = [*self.view, *self.shown(states)]
         stream = await self.loop.tokens._listen(self.stream, view)
-        if len(stream.ids) > self.loop.rollout_config.prompt_length:
+        if len(stream.ids) > self.loop.tokens.context_tokens:
             if not self.view:
                 self.view = view  # for the masked row
             self.session.counts["overlong"] += 1
@@ -179,7 +179,7 @@ class Player:
         asked = len(stream.ids)
         output = await self.generate(stream.ids, self.agent, self.session.seed("act", t, self.agent))
         stream = await self.loop.tokens._speak(stream, output)
-        text, truncated = await self.loop.tokens._message(list(output.token_ids))
+        text, truncated = self.loop.tokens._message(list(output.token_ids))
         self.stream, self.view = stream, [*view, {"role": "assistant", "content": text}]
         self.session.calls.append(Call("act", self.agent, t, asked, len(output.token_ids)))
         action = parse_action(text)

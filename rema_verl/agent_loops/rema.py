@@ -115,6 +115,9 @@ class ReMAAgentLoop(AgentLoopBase):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.rema = ReMAConfig.of(self.config)
+        # read once: a look-up in an OmegaConf node costs as much as a short decode
+        self.context_tokens = self.rollout_config.prompt_length
+        self.turn_tokens = self.rollout_config.response_length
         self.seats = {role: self._seat(role) for role in ROLES}
         template = json.dumps(OmegaConf.to_container(OmegaConf.create(self.apply_chat_template_kwargs)), sort_keys=True)
         found = {c for seat in self.seats.values() for c in _control_strings(seat.tokenizer, template)}
@@ -168,7 +171,7 @@ class ReMAAgentLoop(AgentLoopBase):
             before, seat = streams.get(role), self.seats[role]
             stream = await seat._listen(before, dialogue.view(role))
             counts["drift"] += lost(before.ids, stream.ids) if before else 0
-            if len(stream.ids) > self.rollout_config.prompt_length:
+            if len(stream.ids) > self.context_tokens:
                 if not dialogue.messages:
                     return []
                 dialogue.stop(StopReason.CONTEXT_EXHAUSTED)
@@ -189,7 +192,7 @@ class ReMAAgentLoop(AgentLoopBase):
                         sampling_params={
                             **sampling,
                             **call_seed(self.rema.seed, *place, i),
-                            "max_tokens": self.rollout_config.response_length,
+                            "max_tokens": self.turn_tokens,
                         },
                         priority=int(kwargs.get("priority", 0)),
                     )
@@ -208,9 +211,9 @@ class ReMAAgentLoop(AgentLoopBase):
             output, *others = outputs
             streams[role] = await seat._speak(stream, output)
             counts["drift"] += lost([*stream.ids, *output.token_ids], streams[role].ids)
-            message, truncated = await seat._message(list(output.token_ids))
+            message, truncated = seat._message(list(output.token_ids))
             dialogue.add(message, truncated=truncated)
-            other_answers += [(await seat._message(list(other.token_ids)))[0] for other in others]
+            other_answers += [seat._message(list(other.token_ids))[0] for other in others]
 
         for role in ROLES:
             if role not in streams:  # it never came to speak: a fully masked row keeps two rows per trajectory
@@ -271,13 +274,13 @@ class ReMAAgentLoop(AgentLoopBase):
     async def _silence(self, view: list[dict[str, str]]) -> Stream:
         """The row of a role that never spoke: its opening prompt and one masked token."""
         stream = await self._listen(None, view)
-        ids = stream.ids[: self.rollout_config.prompt_length]
+        ids = stream.ids[: self.context_tokens]
         return Stream(ids=[*ids, self.tokenizer.eos_token_id], num_prompt=len(ids), mask=[0], logprobs=[0.0])
 
-    async def _message(self, ids: list[int]) -> tuple[str, bool]:
+    def _message(self, ids: list[int]) -> tuple[str, bool]:
         """The text the partner will read, and whether it was cut off at the per-turn limit."""
-        text = await self.loop.run_in_executor(None, lambda: self.tokenizer.decode(ids, skip_special_tokens=True))
-        truncated = len(ids) >= self.rollout_config.response_length and ids[-1] not in self.end_ids
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)  # takes less time than a thread's hand-over
+        truncated = len(ids) >= self.turn_tokens and ids[-1] not in self.end_ids
         return neutralise(text, self.control_strings), truncated
 
 
