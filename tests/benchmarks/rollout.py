@@ -15,7 +15,8 @@ it would now and then not, and lock-step would prefill more than here.
 
 Workloads: ``real`` has the turn lengths of dialogues drawn from the 804 real ones (``--data``), in tokens of a
 byte-level BPE of 8,000 tokens trained on them; in ``skewed`` 7 of 8 dialogues have 3 turns and 1 has 18, with messages
-as long as ones drawn from the real dialogues. ``--scale`` shortens every message.
+as long as ones drawn from the real dialogues. ``--scale`` shortens every message. Last, ours on the real workload with
+two engines behind verl's load balancer, which keeps each role of a dialogue at the engine it was first sent to.
 
 Nothing here is a test: the table says where a target is missed, and the script exits with 0.
 """
@@ -45,11 +46,12 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
-from verl.experimental.agent_loop.agent_loop import DictConfigWrap
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, DictConfigWrap
 from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token_builder
 from verl.workers.rollout.replica import TokenOutput
+from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
-from rema_verl.agent_loops.prefill import minimum_prefill
+from rema_verl.agent_loops.prefill import common_prefix, minimum_prefill
 from rema_verl.agent_loops.rema import ReMAAgentLoop, prompts_for
 from rema_verl.config import ReMAConfig
 from rema_verl.dialogue import META_THINKING, REASONING, ROLES, Dialogue
@@ -169,7 +171,7 @@ class Engine:
         from vllm.v1.engine.async_llm import AsyncLLM
         from vllm.v1.metrics.loggers import StatLoggerBase
 
-        engine = self
+        engine, self.block_size = self, args.block_size
 
         class Recorder(StatLoggerBase):
             def __init__(self, vllm_config, engine_index=0): ...
@@ -203,12 +205,6 @@ class Engine:
             stat_loggers=[Recorder],
         )
 
-    async def fresh(self) -> Counts:
-        """Empty the prefix cache and start counting anew."""
-        assert await self.llm.reset_prefix_cache()
-        self.counts = Counts()
-        return self.counts
-
     async def generate(self, prompt_ids: list[int], length: int, read_cache: bool = True) -> TokenOutput:
         """``length`` sampled tokens; the last, of which no engine has keys and values yet, becomes the end token."""
         from vllm import SamplingParams, TokensPrompt
@@ -233,16 +229,39 @@ class Engine:
         return TokenOutput(token_ids=ids, log_probs=logprobs, stop_reason="completed", extra_fields=fields)
 
 
-class Replay:
-    """One dialogue's LLM client: the engine, with every message forced to its planned length."""
+class Replicas:
+    """Engines behind verl's own load balancer, counted together."""
 
-    def __init__(self, engine: Engine, plan: Plan, read_cache: bool = True):
-        self.engine, self.read_cache = engine, read_cache
+    def __init__(self, engines: list[Engine]):
+        self.engines = engines
+        self.balancer = GlobalRequestLoadBalancer({str(i): engine for i, engine in enumerate(engines)})
+
+    async def fresh(self) -> Counts:
+        """Empty the prefix caches and start counting anew."""
+        counts = Counts()
+        for engine in self.engines:
+            assert await engine.llm.reset_prefix_cache()
+            engine.counts = counts
+        return counts
+
+    async def generate(self, request_id: str, prompt_ids: list[int], length: int, read_cache: bool) -> TokenOutput:
+        server, engine = self.balancer.acquire_server(request_id)
+        try:
+            return await engine.generate(prompt_ids, length, read_cache)
+        finally:
+            self.balancer.release_server(server)
+
+
+class Replay:
+    """One dialogue's LLM client: the engines, with every message forced to its planned length."""
+
+    def __init__(self, replicas: Replicas, plan: Plan, read_cache: bool = True):
+        self.replicas, self.read_cache = replicas, read_cache
         self.lengths = {role: iter(plan.lengths[role]) for role in ROLES}
 
     async def generate(self, request_id: str, *, prompt_ids: list[int], **kwargs) -> TokenOutput:
         length = next(self.lengths[request_id.rpartition("-")[2]])
-        return await self.engine.generate(prompt_ids, length, self.read_cache)
+        return await self.replicas.generate(request_id, prompt_ids, length, self.read_cache)
 
 
 # ------------------------------------------------------------------------------------------------------ contenders
@@ -270,21 +289,22 @@ def make_loop(tokenizer, client, config) -> ReMAAgentLoop:
     )
 
 
-async def ours(engine: Engine, plans: list[Plan], tokenizer, prompts: dict[str, str], read_cache: bool = True) -> int:
-    """Every dialogue by itself, through the agent loop; returns the minimum prefill of what was played."""
+async def ours(
+    replicas: Replicas, plans: list[Plan], tokenizer, prompts: dict[str, str], read_cache: bool = True
+) -> list[AgentLoopOutput]:
+    """Every dialogue by itself, through the agent loop; returns the rows."""
 
     async def play(plan: Plan):
         config = loop_config(len(plan.lengths[META_THINKING]), **prompts)
-        loop = make_loop(tokenizer, Replay(engine, plan, read_cache), config)
+        loop = make_loop(tokenizer, Replay(replicas, plan, read_cache), config)
         return await loop.run({}, raw_prompt=[{"role": "user", "content": plan.question}])
 
-    rows = [row for rows in await asyncio.gather(*map(play, plans)) for row in rows]
-    return minimum_prefill((r.prompt_ids + r.response_ids, [0] * len(r.prompt_ids) + r.response_mask) for r in rows)
+    return [row for rows in await asyncio.gather(*map(play, plans)) for row in rows]
 
 
-async def lock_step(engine: Engine, plans: list[Plan], tokenizer, prompts: dict[str, str]) -> None:
+async def lock_step(replicas: Replicas, plans: list[Plan], tokenizer, prompts: dict[str, str]) -> None:
     """All dialogues wait for each other at every half-turn, and contexts are rendered anew from text."""
-    clients = [Replay(engine, plan) for plan in plans]
+    clients = [Replay(replicas, plan) for plan in plans]
     dialogues = []
     for plan in plans:
         turns = len(plan.lengths[META_THINKING])
@@ -321,21 +341,40 @@ def union(spans: list[tuple[float, float]]) -> float:
     return total
 
 
-async def run(engine: Engine, name: str, plans: list[Plan], tokenizer, prompts: dict[str, str]) -> dict:
-    counts = await engine.fresh()
+def block_minimum(rows: list[AgentLoopOutput], block: int) -> int:
+    """The least that an engine prefills whose cache holds whole blocks of ``block`` tokens.
+
+    More than :func:`minimum_prefill` for two reasons: what does not fill a block is computed again, and of the token
+    that ended a turn there are no keys and values.
+    """
+    total, last = 0, list[int]()
+    for row in sorted(rows, key=lambda row: row.prompt_ids):
+        size = len(row.prompt_ids)
+        cached = min(common_prefix(last, row.prompt_ids), size - 1)  # the last token's logits are needed
+        for start, end in row.extra_fields["turn_spans"]:
+            total += size + start - cached // block * block
+            cached = size + end - 1
+        last = row.prompt_ids
+    return total
+
+
+async def run(replicas: Replicas, name: str, plans: list[Plan], tokenizer, prompts: dict[str, str]) -> dict:
+    counts = await replicas.fresh()
     start, cpu = time.monotonic(), time.process_time()
-    minimum = None
+    rows = None
     if name == "lock-step":
-        await lock_step(engine, plans, tokenizer, prompts)
+        await lock_step(replicas, plans, tokenizer, prompts)
     else:
-        minimum = await ours(engine, plans, tokenizer, prompts, read_cache=name == "ours")
+        rows = await ours(replicas, plans, tokenizer, prompts, read_cache=name == "ours")
     seconds = time.monotonic() - start
     figures = {k: v for k, v in asdict(counts).items() if k != "busy"}
     return figures | {
         "seconds": seconds,
         "idle_seconds": seconds - union(counts.busy),
         "client_cpu_seconds": time.process_time() - cpu,
-        "minimum": minimum,
+        "minimum": rows
+        and minimum_prefill((r.prompt_ids + r.response_ids, [0] * len(r.prompt_ids) + r.response_mask) for r in rows),
+        "block_minimum": rows and block_minimum(rows, replicas.engines[0].block_size),
     }
 
 
@@ -372,7 +411,7 @@ async def null_engine(dialogues, tokenizer, concurrent: int) -> dict:
     return {"turns": turns, "calls": sum(c.calls for c in clients), "seconds": seconds, "cpu_seconds": cpu}
 
 
-def show(title: str, figures: dict[str, dict], block_size: int, console: Console) -> None:
+def show(title: str, figures: dict[str, dict], console: Console) -> None:
     ours_ = figures["ours"]
     table = Table(title=title, title_justify="left")
     for column in (
@@ -395,7 +434,8 @@ def show(title: str, figures: dict[str, dict], block_size: int, console: Console
         )
     console.print(table)
     console.print(
-        f"  minimum prefill {ours_['minimum']:,} tokens, exact to the token; the engine caches blocks of {block_size}"
+        f"  minimum prefill {ours_['minimum']:,} tokens, exact to the token; {ours_['block_minimum']:,} for an engine "
+        f"that caches whole blocks, {ours_['block_minimum'] / ours_['minimum']:.3f} of it"
     )
 
 
@@ -446,21 +486,20 @@ async def measure(args, console: Console) -> dict:
         build_model(tokenizer, Path(folder), seed=0, hidden=args.hidden, layers=args.layers)
         config = Path(folder) / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": args.context}))
-        engine = Engine(Path(folder), args)
+        one = Replicas([Engine(Path(folder), args)])
         warm_up = [Plan(plan.question, {role: [8, 8] for role in ROLES}) for plan in pool[:8]]
-        await run(engine, "ours", warm_up, tokenizer, prompts)
+        await run(one, "ours", warm_up, tokenizer, prompts)
         for workload in args.workloads:
             plans, runs = workloads[workload], defaultdict(list)
             for repeat in range(args.repeats):
                 for name in CONTENDERS if repeat % 2 == 0 else CONTENDERS[::-1]:
-                    runs[name].append(await run(engine, name, plans, tokenizer, prompts))
+                    runs[name].append(await run(one, name, plans, tokenizer, prompts))
                     print(f"{workload}, repeat {repeat}, {name}: {runs[name][-1]['seconds']:.1f} s", file=sys.stderr)
             figures = {name: summary(runs[name]) for name in CONTENDERS}
             turns = sum(len(plan.lengths[META_THINKING]) for plan in plans)
             show(
                 f"{workload}: {len(plans)} dialogues, {turns} turns, {args.repeats} repeats",
                 figures,
-                args.block_size,
                 console,
             )
             f = figures["ours"]
@@ -475,12 +514,21 @@ async def measure(args, console: Console) -> dict:
             ]  # fmt: skip
             if workload == "real" and args.share:
                 many = pool[: args.concurrent]
-                alone = await run(engine, "ours", many, tokenizer, prompts)
+                alone = await run(one, "ours", many, tokenizer, prompts)
                 share = ms / 1e3 * sum(len(plan.lengths[META_THINKING]) for plan in many) / alone["seconds"]
                 report["at_concurrent"] = alone
                 console.print(f"  {args.concurrent} dialogues at once: {alone['seconds']:.1f} s")
                 report["targets"].append(verdict(console, "our Python time / rollout time", share, 0.05))
-        engine.llm.shutdown()
+        if "real" in args.workloads and args.second_replica:
+            two = Replicas([*one.engines, Engine(Path(folder), args)])
+            await run(two, "ours", warm_up, tokenizer, prompts)
+            runs = [await run(two, "ours", workloads["real"], tokenizer, prompts) for _ in range(args.repeats)]
+            f = report["two_replicas"] = summary(runs) | {"runs": runs}
+            what = f"real, two replicas ({f['prefilled']:,.0f} tokens): prefilled / minimum"
+            report["targets"].append(verdict(console, what, f["prefilled"] / f["minimum"], 1.15))
+            one = two
+        for engine in one.engines:
+            engine.llm.shutdown()
     return report
 
 
@@ -495,6 +543,9 @@ def main() -> None:
     parser.add_argument("--concurrent", type=int, default=256, help="dialogues at once for our own Python time")
     parser.add_argument(
         "--share", action=argparse.BooleanOptionalAction, default=True, help="also run --concurrent dialogues"
+    )
+    parser.add_argument(
+        "--second-replica", action=argparse.BooleanOptionalAction, default=True, help="also run on two engines"
     )
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the length of every message and prompt")
     parser.add_argument("--repeats", type=int, default=3)
