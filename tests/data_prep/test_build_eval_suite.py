@@ -6,9 +6,9 @@ import json
 import _common
 import build_eval_suite
 import build_math
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scripts import refused_by, write
 
 OUTPUTS = ["decontamination.json", "eval_suite.parquet", "manifest.json"]
 MATH500, LEVEL_3_TO_5 = "math500.parquet", "math_train_l3to5_8523.parquet"
@@ -29,32 +29,7 @@ def build(tmp_path, capsys):
     return run
 
 
-@pytest.fixture
-def fails(tmp_path, capsys):
-    """Run with options that must be refused; return the one stderr line."""
-
-    def run(*options, out=tmp_path / "out"):
-        before = {p: p.read_bytes() for p in out.glob("*")}
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            _common.run_main(build_eval_suite.main, [str(a) for a in (*options, "--out", out)])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-        assert {p: p.read_bytes() for p in out.glob("*")} == before, "a failed run changed the output folder"
-        return error
-
-    return run
-
-
-def write(path, rows):
-    """Rows as parquet, json or jsonl, by the path's extension."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        lines = [json.dumps(row) for row in rows]
-        path.write_text("\n".join(lines) if path.suffix == ".jsonl" else f"[{','.join(lines)}]")
-    return path
+fails = refused_by(build_eval_suite.main)
 
 
 # set -> rows in one of its published layouts, the answer that must come out; {n} numbers the rows
@@ -307,7 +282,7 @@ def test_bad_options(fails, options, message):
 
 def test_bad_train_row(fails, planted, tmp_path):
     with (tmp_path / "train.jsonl").open("a") as file:
-        file.write('\n{"text": "x"}')
+        file.write('{"text": "x"}')
     assert "train.jsonl: row 4: no question" in fails(*planted)
 
 

@@ -8,9 +8,9 @@ from collections import Counter
 import _common
 import build_judge
 import build_math
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scripts import refused_by, write
 
 from rema_verl.dialogue import SINGLE_AGENT_PROMPTS
 
@@ -40,28 +40,7 @@ def build(tmp_path, capsys):
     return run
 
 
-@pytest.fixture
-def fails(tmp_path, capsys):
-    """Run with options that must be refused; return the one stderr line."""
-
-    def run(*options, out=tmp_path / "out"):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            _common.run_main(build_judge.main, [str(a) for a in (*options, "--out", out)])
-        error = capsys.readouterr().err
-        assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-        assert not out.exists(), "a failed run wrote something"
-        return error
-
-    return run
-
-
-def write(path, rows):
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+fails = refused_by(build_judge.main)
 
 
 def pair(n, subset="chat", prompt=None, **fields):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from scripts import refused_by, write
 
 REPO = Path(__file__).resolve().parents[2]
 SCRIPT = REPO / "data_prep" / "build_math.py"
@@ -41,41 +42,13 @@ def build(tmp_path, capsys):
     return run
 
 
-@pytest.fixture
-def fails(tmp_path, capsys):
-    """Run the script with options it must refuse; return its one stderr line."""
-
-    def run(*options, out=tmp_path / "out"):
-        before = {p: p.read_bytes() for p in out.glob("*")} if out.is_dir() else None
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            _common.run_main(build_math.main, [str(a) for a in (*options, "--out", out)])
-        captured = capsys.readouterr()
-        assert stop.value.code == 2
-        assert captured.err.count("\n") == 1 and captured.err.startswith("error: "), captured.err
-        after = {p: p.read_bytes() for p in out.glob("*")} if out.is_dir() else None
-        assert after == before or (before is None and after == {}), "a failed run changed the output folder"
-        return captured.err
-
-    return run
+fails = refused_by(build_math.main)
 
 
 def raw(n, level="Level 3", subject="Algebra", **fields):
     """A row of the original MATH release."""
     solution = rf"First $\boxed{{0}}$. In fact it is $\boxed{{\frac{{{n}}}{{2}}}}$."
     return {"problem": f"What is half of {n}?", "level": level, "type": subject, "solution": solution} | fields
-
-
-def write(path: Path, rows) -> Path:
-    """Rows as parquet, json or jsonl, by the path's extension."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(pa.Table.from_pylist(rows), path)
-    elif path.suffix == ".json":
-        path.write_text(json.dumps(rows))
-    else:
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture
