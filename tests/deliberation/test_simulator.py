@@ -65,13 +65,15 @@ def test_softrankpo_comes_within_five_percent_of_the_best_where_confidence_infor
     assert found["greedy"] >= 0.95 * found["best"]
 
 
-def test_softrankpo_does_not_fall_below_always_persist_where_confidence_does_not_inform():
-    found = trained("uninformative", trajectories=1_000)
+@pytest.mark.parametrize("seed", range(3))
+def test_softrankpo_does_not_fall_below_always_persist_where_confidence_does_not_inform(seed):
+    found = trained("uninformative", trajectories=1_000, seed=seed)
     assert found["greedy"] >= found[PERSIST] and found["drawn"] >= found[PERSIST]
 
 
-def test_where_nothing_is_to_be_gained_softrankpo_loses_next_to_nothing():
+@pytest.mark.parametrize("seed", range(3))
+def test_where_nothing_is_to_be_gained_softrankpo_loses_next_to_nothing(seed):
     """Best and always-Persist differ by 0.01 here, which is the standard error of a mean reward in this corpus."""
-    found = trained("nothing to gain", trajectories=1_000)
+    found = trained("nothing to gain", trajectories=1_000, seed=seed)
     assert found["greedy"] >= found[PERSIST] - 0.02 and found["drawn"] >= found[PERSIST] - 0.02
     assert constant_return(WORLDS["nothing to gain"], "refine") < found[PERSIST] - 0.15  # it could lose much more
