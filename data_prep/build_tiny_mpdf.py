@@ -45,7 +45,7 @@ NEVER = dict.fromkeys(OPERATORS, 0.0)
 SHARED = 0.75  # of the slips are off by one, the rest by anything
 AGREES = (0.02, 0.05, 0.1, 0.28, 0.55)  # how often each verdict is given where the critic's result is the same
 # shares of the rows
-KINDS = {"solve": 8, "critic": 8, "refine": 6, "cot": 1, "vanilla": 1, "debate": 5, "act": 1, "practice": 8}
+KINDS = {"solve": 8, "critic": 8, "refine": 6, "cot": 1, "vanilla": 1, "debate": 3, "act": 1, "practice": 8}
 
 Question = tuple[list[int], list[str]]
 
