@@ -74,7 +74,7 @@ class CriticAgentLoop(ReMAAgentLoop):
         versions = []  # of the weights that generated
         while (role := dialogue.speaker) is not None:
             stream = await self._listen(streams.get(role), dialogue.view(role))
-            if len(stream.ids) > self.rollout_config.prompt_length:
+            if len(stream.ids) > self.context_tokens:
                 if not streams:
                     return []  # the question does not fit
                 dialogue.stop(StopReason.CONTEXT_EXHAUSTED)
@@ -82,11 +82,11 @@ class CriticAgentLoop(ReMAAgentLoop):
             output = await self.server_manager.generate(
                 request_id=f"{trajectory_id}-{role}",
                 prompt_ids=stream.ids,
-                sampling_params={**sampling_params, "max_tokens": self.rollout_config.response_length},
+                sampling_params={**sampling_params, "max_tokens": self.turn_tokens},
             )
             versions += [output.extra_fields[f"{which}_global_steps"] for which in ("min", "max")]
             streams[role] = await self._speak(stream, output)
-            message, truncated = await self._message(list(output.token_ids))
+            message, truncated = self._message(list(output.token_ids))
             dialogue.add(message, truncated)
         return [
             AgentLoopOutput(
