@@ -13,8 +13,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from rema_verl.config import ReMAConfig, mpdf, role_config
 from rema_verl.dialogue import META_THINKING, ROLES, Dialogue
+from rema_verl.platforms import cpu
 
 MODES = ("rema", "rema_separate")
+ASYNC_MODES = ("colocate_async", "separate_async")  # verl's own: a weight sync interrupts messages, which then go on
 
 
 class ConfigError(ValueError):
@@ -43,6 +45,7 @@ def check(config: DictConfig) -> None:
     rema = ReMAConfig.of(config)
     check_names(config)
     check_roles(config, rema)
+    check_stock_modes(config, rema)
     check_batches(config)
     for key in ("train_files", "val_files"):
         for path in files_of(config, key):
@@ -149,6 +152,37 @@ def check_roles(config: DictConfig, rema: ReMAConfig) -> None:
                 f"rema.roles.{role}.{key}={own[key]} is for generation only (trainer.val_only=true): the trainer "
                 f"computes log-probabilities at actor_rollout_ref.rollout.temperature for both roles"
             )
+
+
+def check_stock_modes(config: DictConfig, rema: ReMAConfig) -> None:
+    """What verl's own trainer modes would train wrongly from the rows of a dialogue."""
+    mode, rollout = config.trainer.v1.trainer_mode, config.actor_rollout_ref.rollout
+    if mode in MODES or rollout.agent.default_agent_loop != "rema":
+        return
+    if config.reward.reward_manager.name == "rema":
+        for key, only in (("meta_thinking", "final"), ("turn_bonus", 0.0)):
+            if (value := getattr(rema.reward, key)) != only:
+                raise ConfigError(
+                    f"rema.reward.{key}={value} needs trainer.v1.trainer_mode=rema or rema_separate: verl's own modes "
+                    f"give reasoning's reward to both roles"
+                )
+    if mode not in ASYNC_MODES:
+        return
+    if rema.plan == "json":
+        raise ConfigError(
+            f"rema.plan=json does not work with trainer.v1.trainer_mode={mode}: a plan that a weight sync interrupts "
+            f"goes on as a new request, which vLLM would hold to the beginning of the JSON again"
+        )
+    if rema.seed is not None:
+        raise ConfigError(
+            f"rema.seed={rema.seed} does not work with trainer.v1.trainer_mode={mode}: such a run cannot repeat "
+            f"itself, and a message would draw the same random numbers again after an interruption"
+        )
+    if mode == "separate_async" and cpu.chosen() and config.trainer.v1.separate_async.parameter_sync_step != 1:
+        raise ConfigError(
+            "trainer.v1.separate_async.parameter_sync_step must be 1 on CPU: verl's copy of the weights that sampled "
+            "(fsdp2_sharded_save_to_cpu) is there the weights themselves, and changes with them"
+        )
 
 
 def check_batches(config: DictConfig) -> None:

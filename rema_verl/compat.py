@@ -6,6 +6,7 @@ are applied by :mod:`rema_verl.plugin` in every process, before verl imports the
 
 import functools
 import importlib.metadata
+import logging
 import os
 
 import wrapt
@@ -19,6 +20,7 @@ def apply() -> None:
     config_checks()
     role_grpo_per_session()
     weight_sync_socket()
+    standalone_rollout_log()
 
 
 def process_group_backend() -> None:
@@ -150,3 +152,21 @@ def weight_sync_socket() -> None:
 
     wrapt.register_post_import_hook(receiver, "verl.workers.rollout.vllm_rollout.utils")
     wrapt.register_post_import_hook(sender, "verl.workers.rollout.vllm_rollout.vllm_rollout")
+
+
+def standalone_rollout_log() -> None:
+    """patches/standalone_rollout_log.diff: a log call ends trainer mode ``separate_async`` with a TypeError.
+
+    With ``actor_rollout_ref.hybrid_engine=false``, engines apart from the trainer only, it passes ``print``'s argument
+    ``flush`` to a logger.
+    """
+
+    class WithoutFlush(logging.LoggerAdapter):
+        def process(self, msg, kwargs):
+            kwargs.pop("flush", None)
+            return msg, kwargs
+
+    def mend(module) -> None:
+        module.logger = WithoutFlush(module.logger, {})
+
+    wrapt.register_post_import_hook(mend, "verl.trainer.ppo.v1.trainer_separate_async")

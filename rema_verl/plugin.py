@@ -51,6 +51,10 @@ CONTENTS: dict[str, dict[str, str]] = {
     "verl.plugin.platform": {
         "cpu": "rema_verl.platforms.cpu",
     },
+    # actor_rollout_ref.rollout.checkpoint_engine.backend, for trainer mode separate_async without an accelerator
+    "verl.checkpoint_engine.base": {
+        "gloo": "rema_verl.platforms.gloo_sync",
+    },
     # actor_rollout_ref.rollout.name=vllm, on platform cpu only (vllm_cpu.register looks)
     "verl.workers.rollout.replica": {
         "vllm": "rema_verl.platforms.vllm_cpu",

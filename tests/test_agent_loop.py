@@ -6,6 +6,7 @@ The LLM client is a fake that plays scripted messages; tokenizers, templates and
 import asyncio
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 from conftest import MODEL_TYPE
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from verl.experimental.agent_loop.agent_loop import DictConfigWrap
+from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient
 from verl.workers.rollout.replica import TokenOutput
 
 from rema_verl.agent_loops.rema import ReMAAgentLoop, control_strings, question_of
@@ -338,6 +340,84 @@ def test_the_judges_planner_sees_the_question_alone(tokenizers):
     (_, planner, _), (_, judge, _) = client.requests
     assert "How high is it?" in planner and "ANSWER-A" not in planner
     assert "ANSWER-A" in judge and "ANSWER-B" in judge and "Check facts." in judge
+
+
+class Method:
+    """A method of a Ray actor that is no actor."""
+
+    def __init__(self, method):
+        self.method = method
+
+    async def remote(self, **kwargs):
+        return self.method(**kwargs)
+
+
+class InterruptedEngine:
+    """A role's vLLM server, which weight syncs interrupt: before a message's first token, within it, at its limit.
+
+    The client behind it says what the message is. A request that goes on must bring all that was handed out of it, and
+    may ask for no more than is left of its limit.
+    """
+
+    def __init__(self, client: ScriptedClient, role: str, seed: int):
+        self.client, self.role, self.random = client, role, random.Random(f"{seed}-{role}")
+        self.version, self.versions = 3, []  # of the weights; of the weights that answered each request
+        self.left: list[tuple[int, float]] = []  # of the message: (id, log-prob)
+        self.interrupted = 0  # messages of which a part was handed out when it was interrupted
+        self.generate = self
+
+    async def remote(self, request_id, prompt_ids, sampling_params, **kwargs) -> TokenOutput:
+        if not self.left:
+            whole = await self.client.generate(
+                f"sticky-{self.role}", prompt_ids=prompt_ids, sampling_params=sampling_params
+            )
+            self.left = list(zip(whole.token_ids, whole.log_probs, strict=True))
+            self.sent, self.budget = list(prompt_ids), sampling_params["max_tokens"]
+        assert prompt_ids == self.sent and sampling_params["max_tokens"] == self.budget
+        size = self.random.choice([0, self.random.randint(0, len(self.left)), len(self.left)])
+        piece, self.left = self.left[:size], self.left[size:]
+        self.sent += [token for token, _ in piece]
+        self.budget -= size
+        self.versions.append(self.version)
+        stopped = bool(self.left) or (self.budget == 0 and self.random.random() < 0.5)
+        self.version += stopped
+        self.interrupted += bool(self.left and piece)
+        return TokenOutput(
+            token_ids=[token for token, _ in piece],
+            log_probs=[logprob for _, logprob in piece] or None,  # verl's server has none where there is no token
+            stop_reason="aborted" if stopped else "completed",
+            extra_fields={"global_steps": self.versions[-1], "num_cached_tokens": 1},
+        )
+
+
+@pytest.mark.parametrize("response_length", [9, 20_000])
+def test_zero_drift_where_weight_syncs_interrupt_messages(tokenizers, family, response_length, monkeypatch):
+    """verl's own client for partial rollouts between the loop and engines that are interrupted."""
+    wait = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: wait(0))  # before it tries again
+    config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"name": "vllm"}}})
+    OmegaConf.set_struct(config, True)
+    interrupted = spanning = 0
+    for seed in range(12):
+        script = script_of("one two three four", "five six", "seven [FINISH]", "eight nine ten eleven twelve")
+        client = ScriptedClient(tokenizers[family], script, seed=seed)
+        engines = {role: InterruptedEngine(client, role, seed) for role in ROLES}
+        balancer = SimpleNamespace(
+            require_acquire_fields=Method(list),
+            require_release_fields=Method(list),
+            acquire_server=Method(lambda request_id, engines=engines: ("0", engines[request_id.split("-", 1)[1]])),
+            release_server=SimpleNamespace(remote=lambda server_id: None),
+        )
+        interruptible = FullyAsyncLLMServerClient(config, balancer)
+        rows, _ = play(tokenizers[family], family, "Q", None, client=interruptible, response_length=response_length)
+        check_no_drift(rows, client)
+        for role, engine in engines.items():
+            interrupted += engine.interrupted
+            if versions := engine.versions:
+                fields = rows[role].extra_fields
+                assert (fields["min_global_steps"], fields["max_global_steps"]) == (min(versions), max(versions))
+                spanning += min(versions) < max(versions)
+    assert interrupted >= 8 and spanning >= 8  # of 24 rows
 
 
 class TwoTokenizers(ScriptedClient):

@@ -165,6 +165,37 @@ def test_bad_configuration_of_separate_models(config, capsys, case):
     assert len(lines) == 1 and message in lines[0], lines
 
 
+COLOCATE = "trainer.v1.trainer_mode=colocate_async"
+TWO_PROCESSES = ["trainer.v1.trainer_mode=separate_async", "trainer.v1.separate_async.parameter_sync_step=1"]
+
+
+def test_verls_asynchronous_modes_pass(config):
+    checks.check(config(COLOCATE))
+    checks.check(config(*TWO_PROCESSES))
+
+
+BAD_ASYNC = {
+    "json": ([COLOCATE, "rema.plan=json", "rema.max_turns=1"], "rema.plan=json does not work with"),
+    "seed": ([COLOCATE, "rema.seed=1"], "rema.seed=1 does not work with trainer.v1.trainer_mode=colocate_async"),
+    "copy of the weights": (
+        [*TWO_PROCESSES, "trainer.v1.separate_async.parameter_sync_step=4"],
+        "parameter_sync_step must be 1 on CPU",
+    ),
+    "reward of a role": (
+        [COLOCATE, "rema.reward.meta_thinking=consistency", "rema.max_turns=1"],
+        "rema.reward.meta_thinking=consistency needs trainer.v1.trainer_mode=rema",
+    ),
+    "turn bonus": (["trainer.v1.trainer_mode=sync", "rema.reward.turn_bonus=0.1"], "rema.reward.turn_bonus=0.1 needs"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ASYNC)
+def test_bad_configuration_of_verls_own_modes(config, case):
+    overrides, message = BAD_ASYNC[case]
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")):
+        checks.check(config(*overrides))
+
+
 GOOD_ROW = {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}}
 BAD_ROWS = {
     "no rows": ([], "the file has no rows"),

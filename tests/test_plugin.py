@@ -14,6 +14,7 @@ NAMES = [
     ("verl.trainer.ppo.core_algos", "m.get_adv_estimator_fn('turn_reinforce_plus_plus').__name__"),
     ("verl.experimental.reward_loop.reward_manager.registry", "m.get_reward_manager_cls('rema').__name__"),
     ("verl.trainer.ppo.v1.trainer_base", "m.get_trainer_cls('rema').__name__"),
+    ("verl.checkpoint_engine.base", "m.CheckpointEngineRegistry.get('gloo').__name__"),
     ("verl.plugin.platform", "m.get_platform().device_name"),
     ("verl.workers.rollout.replica", "m.RolloutReplicaRegistry._registry['vllm'].__module__"),
 ]
