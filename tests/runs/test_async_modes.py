@@ -21,7 +21,7 @@ from conftest import REPO
 from rema_verl.dialogue import ROLES
 
 pytestmark = [pytest.mark.slow, pytest.mark.long]
-STEPS = 4
+STEPS = 6
 SAME_WEIGHTS = 1e-3  # nats, between vLLM and trainer: float32 on CPU stays below 1e-4
 MODES = {
     "colocate_async": ["trainer.v1.colocate_async.num_warmup_batches=2"],
