@@ -362,9 +362,9 @@ def test_drift_is_seen(models, monkeypatch):
 
     speak = ReMAAgentLoop._speak
 
-    async def again(self, stream, output):
+    def again(self, stream, output):
         before = len(stream.ids)
-        after = await speak(self, stream, output)
+        after = speak(self, stream, output)
         text = self.tokenizer.decode(after.ids[before:-1], skip_special_tokens=False)
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if len(ids) == len(after.ids) - before - 1:  # same length, maybe other ids

@@ -73,7 +73,7 @@ class CriticAgentLoop(ReMAAgentLoop):
         streams: dict[str, Stream] = {}
         versions = []  # of the weights that generated
         while (role := dialogue.speaker) is not None:
-            stream = await self._listen(streams.get(role), dialogue.view(role))
+            stream = self._listen(streams.get(role), dialogue.view(role))
             if len(stream.ids) > self.context_tokens:
                 if not streams:
                     return []  # the question does not fit
@@ -85,7 +85,7 @@ class CriticAgentLoop(ReMAAgentLoop):
                 sampling_params={**sampling_params, "max_tokens": self.turn_tokens},
             )
             versions += [output.extra_fields[f"{which}_global_steps"] for which in ("min", "max")]
-            streams[role] = await self._speak(stream, output)
+            streams[role] = self._speak(stream, output)
             message, truncated = self._message(list(output.token_ids))
             dialogue.add(message, truncated)
         return [

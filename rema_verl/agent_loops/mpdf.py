@@ -82,7 +82,7 @@ class MPDFAgentLoop(AgentLoopBase):
 
         async def reply(messages, *, request_id: str, seed: int, **_) -> Reply:
             """A call that is not trained, with verl's sampling parameters."""
-            ids = (await self.tokens._listen(None, messages)).ids
+            ids = self.tokens._listen(None, messages).ids
             if len(ids) > self.tokens.context_tokens:
                 raise PromptTooLong
             output = await generate(ids, int(request_id.rpartition("-")[2]), seed)
@@ -124,7 +124,7 @@ class MPDFAgentLoop(AgentLoopBase):
         }
         outputs = []
         for i, player in enumerate(players):
-            stream = player.stream if player.stream and player.spoke else await self.tokens._silence(player.view)
+            stream = player.stream if player.stream and player.spoke else self.tokens._silence(player.view)
             outputs.append(
                 AgentLoopOutput(
                     prompt_ids=stream.ids[: stream.num_prompt],
@@ -170,7 +170,7 @@ class Player:
         """The agent's action in round ``t`` and the state it leads to."""
         own = states[self.agent]
         view = [*self.view, *self.shown(states)]
-        stream = await self.loop.tokens._listen(self.stream, view)
+        stream = self.loop.tokens._listen(self.stream, view)
         if len(stream.ids) > self.loop.tokens.context_tokens:
             if not self.view:
                 self.view = view  # for the masked row
@@ -178,7 +178,7 @@ class Player:
             return PERSIST, own
         asked = len(stream.ids)
         output = await self.generate(stream.ids, self.agent, self.session.seed("act", t, self.agent))
-        stream = await self.loop.tokens._speak(stream, output)
+        stream = self.loop.tokens._speak(stream, output)
         text, truncated = self.loop.tokens._message(list(output.token_ids))
         self.stream, self.view = stream, [*view, {"role": "assistant", "content": text}]
         self.session.calls.append(Call("act", self.agent, t, asked, len(output.token_ids)))

@@ -169,7 +169,7 @@ class ReMAAgentLoop(AgentLoopBase):
 
         while (role := dialogue.speaker) is not None:
             before, seat = streams.get(role), self.seats[role]
-            stream = await seat._listen(before, dialogue.view(role))
+            stream = seat._listen(before, dialogue.view(role))
             counts["drift"] += lost(before.ids, stream.ids) if before else 0
             if len(stream.ids) > self.context_tokens:
                 if not dialogue.messages:
@@ -209,7 +209,7 @@ class ReMAAgentLoop(AgentLoopBase):
                 seen = (output.extra_fields[key] for key in ("min_global_steps", "max_global_steps"))
                 versions[role] += [version for version in seen if version is not None]
             output, *others = outputs
-            streams[role] = await seat._speak(stream, output)
+            streams[role] = seat._speak(stream, output)
             counts["drift"] += lost([*stream.ids, *output.token_ids], streams[role].ids)
             message, truncated = seat._message(list(output.token_ids))
             dialogue.add(message, truncated=truncated)
@@ -217,7 +217,7 @@ class ReMAAgentLoop(AgentLoopBase):
 
         for role in ROLES:
             if role not in streams:  # it never came to speak: a fully masked row keeps two rows per trajectory
-                streams[role] = await self.seats[role]._silence(dialogue.view(role))
+                streams[role] = self.seats[role]._silence(dialogue.view(role))
 
         shared = {
             "trajectory_id": trajectory_id,
@@ -252,28 +252,30 @@ class ReMAAgentLoop(AgentLoopBase):
             for role, stream in ((role, streams[role]) for role in ROLES)
         ]
 
-    async def _listen(self, stream: Stream | None, view: list[dict[str, str]]) -> Stream:
+    # verl's ct_merge_* do this in threads: to hand a message over takes longer than to encode it
+
+    def _listen(self, stream: Stream | None, view: list[dict[str, str]]) -> Stream:
         """The role's stream with what the partner said last, ready to be continued."""
+        builder = self.continuous_token_builder
         if stream is None:
-            ids = await self.loop.run_in_executor(None, self.continuous_token_builder.build_initial_tokens, view)
-            return Stream(ids=list(ids), num_prompt=len(ids))
-        merged, mask, logprobs = await self.ct_merge_context_msg(
-            view[:-1], view, stream.ids, stream.mask, stream.logprobs
-        )
+            ids = builder.build_initial_tokens(view)
+            return Stream(ids=ids, num_prompt=len(ids))
+        merged = builder.merge_context_tokens(view[:-1], view, stream.ids)
+        mask, logprobs = builder.align_response_metadata(merged, stream.mask, stream.logprobs)
         return replace(stream, ids=merged.token_ids, mask=mask, logprobs=logprobs)
 
-    async def _speak(self, stream: Stream, output) -> Stream:
+    def _speak(self, stream: Stream, output) -> Stream:
         """The speaker's stream with the sampled ids appended, as they came."""
-        logprobs = stream.logprobs if output.log_probs else None  # None: rollout.calculate_log_probs is off
-        merged, mask, logprobs = await self.ct_merge_assistant_token(
-            stream.ids, list(output.token_ids), stream.mask, logprobs, output.log_probs if output.log_probs else None
-        )
+        builder, sampled = self.continuous_token_builder, output.log_probs or None
+        logprobs = stream.logprobs if sampled else None  # None: rollout.calculate_log_probs is off
+        merged = builder.merge_assistant_tokens(stream.ids, list(output.token_ids))
+        mask, logprobs = builder.align_response_metadata(merged, stream.mask, logprobs, assistant_logprobs=sampled)
         span = (len(stream.mask), len(mask))
         return replace(stream, ids=merged.token_ids, mask=mask, logprobs=logprobs, spans=[*stream.spans, span])
 
-    async def _silence(self, view: list[dict[str, str]]) -> Stream:
+    def _silence(self, view: list[dict[str, str]]) -> Stream:
         """The row of a role that never spoke: its opening prompt and one masked token."""
-        stream = await self._listen(None, view)
+        stream = self._listen(None, view)
         ids = stream.ids[: self.context_tokens]
         return Stream(ids=[*ids, self.tokenizer.eos_token_id], num_prompt=len(ids), mask=[0], logprobs=[0.0])
 
