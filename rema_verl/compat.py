@@ -8,6 +8,7 @@ import functools
 import importlib.metadata
 import logging
 import os
+import time
 
 import wrapt
 
@@ -21,6 +22,7 @@ def apply() -> None:
     role_grpo_per_session()
     weight_sync_socket()
     standalone_rollout_log()
+    engine_span()
 
 
 def process_group_backend() -> None:
@@ -170,3 +172,25 @@ def standalone_rollout_log() -> None:
         module.logger = WithoutFlush(module.logger, {})
 
     wrapt.register_post_import_hook(mend, "verl.trainer.ppo.v1.trainer_separate_async")
+
+
+def engine_span() -> None:
+    """patches/engine_span.diff: which replica served a call, and from when to when (seconds since the epoch).
+
+    Without it nobody outside can tell how long an engine stood idle while dialogues were pending.
+    """
+
+    def add(module) -> None:
+        original = module.vLLMHttpServer.generate
+
+        @functools.wraps(original)
+        async def generate(self, *args, **kwargs):
+            began = time.time()
+            output = await original(self, *args, **kwargs)
+            span = {"replica": self.replica_rank, "began": began, "ended": time.time()}
+            output.extra_fields.setdefault("engine_span", span)  # there already where a prefill server passed it on
+            return output
+
+        module.vLLMHttpServer.generate = generate
+
+    wrapt.register_post_import_hook(add, "verl.workers.rollout.vllm_rollout.vllm_async_server")

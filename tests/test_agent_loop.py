@@ -6,6 +6,7 @@ The LLM client is a fake that plays scripted messages; tokenizers, templates and
 import asyncio
 import json
 import random
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -46,12 +47,15 @@ class ScriptedClient:
         ids = (ids + [self.tokenizer.eos_token_id])[:limit]
         logprobs = [-self.random.random() - 0.01 for _ in ids]
         self.calls[role].append((list(prompt_ids), ids, logprobs))
+        span = {"replica": ROLES.index(role), "began": time.time(), "ended": time.time()}
         return TokenOutput(
             token_ids=ids,
             log_probs=logprobs if self.logprobs else None,
             stop_reason="completed",
-            extra_fields={"num_cached_tokens": 1, "min_global_steps": 3, "max_global_steps": 3},
-        )
+            extra_fields={
+                "num_cached_tokens": 1, "min_global_steps": 3, "max_global_steps": 3, "engine_span": span
+            },
+        )  # fmt: skip
 
 
 def make_loop(tokenizer, family, client, prompt_length=100_000, response_length=20_000, **rema) -> ReMAAgentLoop:
@@ -183,6 +187,15 @@ def test_zero_drift_over_any_text(tokenizers, family, messages, question):
     even = messages[: len(messages) // 2 * 2]
     rows, client = play(tokenizers[family], family, question, script_of(*even), max_turns=len(even) // 2)
     check_no_drift(rows, client)
+
+
+def test_rows_say_when_the_engines_were_at_work(tokenizers, family):
+    rows, _ = play(tokenizers[family], family, "Q", script_of("one", "two", "three [FINISH]", "four"))
+    for row in rows.values():
+        began, ended = row.extra_fields["pending"]
+        spans = row.extra_fields["engine_spans"]
+        assert [replica for replica, _, _ in spans] == [0, 1, 0, 1]
+        assert all(began <= start <= end <= ended for _, start, end in spans)
 
 
 def test_truncated_message_ends_the_dialogue(tokenizers, family):

@@ -133,6 +133,21 @@ def test_prefill_is_compared_with_what_nobody_generated(monkeypatch):
     assert found["rollout/prefill_over_minimum"] == pytest.approx((14 + 2) / (6 + 3))
     assert found["rollout/cache_hit_rate"] == pytest.approx(16 / 32)
     assert found["rollout/rows_per_trajectory"] == 2 and found["rollout/token_drift"] == 0
+    assert "rollout/engine_idle_share" not in found  # another loop, or an engine that says nothing
+
+
+def test_idle_share_over_two_replicas(monkeypatch):
+    def row(session, pending, engine_spans):
+        counts = {"prompt_tokens": 3, "cached_tokens": 0, "token_drift": 0}
+        return {
+            "trajectory_id": session, "turn_spans": [(0, 1)], "pending": pending, "engine_spans": engine_spans, **counts
+        }  # fmt: skip
+
+    one = row("a", (10.0, 14.0), [(0, 10.0, 12.0), (0, 13.0, 14.0)])
+    two = row("b", (10.0, 12.0), [(1, 10.0, 11.0), (1, 11.5, 12.0)])
+    rows = {f"q_{i}_{j}": (row, [1, 2, 3], [1]) for i, row in enumerate((one, two)) for j in range(2)}
+    # of 4 seconds replica 0 has none for 1, replica 1 for 2.5
+    assert rollout_metrics(monkeypatch, rows)["rollout/engine_idle_share"] == pytest.approx((1 + 2.5) / 8)
 
 
 def test_rollout_metrics_without_rows():

@@ -162,7 +162,8 @@ class ReMAAgentLoop(AgentLoopBase):
         )
         trajectory_id = uuid4().hex
         streams: dict[str, Stream] = {}
-        waited = 0.0  # for the engine, in seconds
+        began, waited = time.time(), 0.0  # waited: for the engine, in seconds
+        engine_spans: list[tuple[int, float, float]] = []  # (replica, begin, end) of each call, by the engine's clock
         counts: Counter[str] = Counter()
         versions: dict[str, list[int]] = {role: [] for role in ROLES}  # of the weights that generated
         other_answers: list[str] = []  # to the same plan; they reward it, and are not trained
@@ -208,6 +209,8 @@ class ReMAAgentLoop(AgentLoopBase):
                 counts["preempted"] += output.num_preempted or 0
                 seen = (output.extra_fields[key] for key in ("min_global_steps", "max_global_steps"))
                 versions[role] += [version for version in seen if version is not None]
+                if span := output.extra_fields.get("engine_span"):
+                    engine_spans.append((span["replica"], span["began"], span["ended"]))
             output, *others = outputs
             streams[role] = seat._speak(stream, output)
             counts["drift"] += lost([*stream.ids, *output.token_ids], streams[role].ids)
@@ -215,6 +218,7 @@ class ReMAAgentLoop(AgentLoopBase):
             dialogue.add(message, truncated=truncated)
             other_answers += [seat._message(list(other.token_ids))[0] for other in others]
 
+        ended = time.time()
         for role in ROLES:
             if role not in streams:  # it never came to speak: a fully masked row keeps two rows per trajectory
                 streams[role] = self.seats[role]._silence(dialogue.view(role))
@@ -228,6 +232,8 @@ class ReMAAgentLoop(AgentLoopBase):
             "token_drift": counts["drift"],
             "messages": list(dialogue.messages),
             "other_answers": other_answers,
+            "pending": (began, ended),
+            "engine_spans": engine_spans,
         }
         anyone = [version for role in ROLES for version in versions[role]]
         own = {role: versions[role] or anyone for role in ROLES}

@@ -318,6 +318,16 @@ def _speed(runs: list[Run]) -> list[Chart]:
     found.append(
         Chart(
             "Speed",
+            "Idle engines",
+            "Share of the time with a dialogue pending in which a vLLM replica had no call: rollout/engine_idle_share.",
+            _figure(
+                _by_run(runs, "rollout/engine_idle_share"), "share", yaxis={"tickformat": ".0%", "rangemode": "tozero"}
+            ),
+        )
+    )
+    found.append(
+        Chart(
+            "Speed",
             "Throughput",
             "Tokens per second and device, whole step: perf/throughput.",
             _figure(_by_run(runs, "perf/throughput"), "tokens/s", yaxis={"rangemode": "tozero"}),

@@ -31,6 +31,7 @@ from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
 from verl.utils.tensordict_utils import assign_non_tensor_stack
 
+from rema_verl.agent_loops.idle import idle_share
 from rema_verl.agent_loops.prefill import minimum_prefill
 from rema_verl.agent_loops.rema import question_of
 from rema_verl.algorithms.advantages import role_index
@@ -264,12 +265,15 @@ class ReMATrainer(PPOTrainerSync):
             row["trajectory_id"]: row for row in self.rows.values()
         }  # what is of a dialogue is on all its rows
         total = {key: sum(d[key] for d in dialogues.values()) for key in ("prompt_tokens", "cached_tokens")}
-        return {
+        metrics = {
             "rollout/cache_hit_rate": total["cached_tokens"] / max(total["prompt_tokens"], 1),
             "rollout/prefill_over_minimum": (total["prompt_tokens"] - total["cached_tokens"]) / minimum,
             "rollout/token_drift": sum(d["token_drift"] for d in dialogues.values()),
             "rollout/rows_per_trajectory": len(self.rows) / len(dialogues),
         }
+        if calls := [span for d in dialogues.values() for span in d.get("engine_spans", ())]:
+            metrics["rollout/engine_idle_share"] = idle_share((d["pending"] for d in dialogues.values()), calls)
+        return metrics
 
     def _val_metrics_update(self, data_sources, sample_uids, *args, expected_acc_counts=None, **kwargs) -> dict:
         # verl scores a validation trajectory that did not arrive 0 and says nothing

@@ -51,6 +51,7 @@ from verl.utils.tokenizer.continuous_token_wiring import create_continuous_token
 from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.router import GlobalRequestLoadBalancer
 
+from rema_verl.agent_loops.idle import covered
 from rema_verl.agent_loops.prefill import common_prefix, minimum_prefill
 from rema_verl.agent_loops.rema import ReMAAgentLoop, prompts_for
 from rema_verl.config import ReMAConfig
@@ -328,19 +329,6 @@ async def lock_step(replicas: Replicas, plans: list[Plan], tokenizer, prompts: d
 # ----------------------------------------------------------------------------------------------------- measurement
 
 
-def union(spans: list[tuple[float, float]]) -> float:
-    """Seconds covered by at least one span.
-
-    >>> union([(0, 2), (1, 3), (5, 6)])
-    4.0
-    """
-    total, end = 0.0, float("-inf")
-    for start, stop in sorted(spans):
-        total += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return total
-
-
 def block_minimum(rows: list[AgentLoopOutput], block: int) -> int:
     """The least that an engine prefills whose cache holds whole blocks of ``block`` tokens.
 
@@ -370,7 +358,7 @@ async def run(replicas: Replicas, name: str, plans: list[Plan], tokenizer, promp
     figures = {k: v for k, v in asdict(counts).items() if k != "busy"}
     return figures | {
         "seconds": seconds,
-        "idle_seconds": seconds - union(counts.busy),
+        "idle_seconds": seconds - covered(counts.busy),
         "client_cpu_seconds": time.process_time() - cpu,
         "minimum": rows
         and minimum_prefill((r.prompt_ids + r.response_ids, [0] * len(r.prompt_ids) + r.response_mask) for r in rows),

@@ -56,6 +56,7 @@ def metrics(step: int, steps: int, rng: random.Random, pace: float = 1.0) -> dic
         "training/rollout_probs_diff_max": 1e-6 * math.exp(noise * 20),
         "rollout/cache_hit_rate": 0.5 + 0.2 * done,
         "rollout/prefill_over_minimum": 1.3 - 0.2 * done,
+        "rollout/engine_idle_share": 0.04 - 0.02 * done,
         "rollout/failed_trajectories": 0,
         "perf/throughput": 900 + 2000 * noise,
         "timing_s/step": 9.0,
