@@ -47,7 +47,7 @@ class ScriptedClient:
         ids = (ids + [self.tokenizer.eos_token_id])[:limit]
         logprobs = [-self.random.random() - 0.01 for _ in ids]
         self.calls[role].append((list(prompt_ids), ids, logprobs))
-        span = {"replica": ROLES.index(role), "began": time.time(), "ended": time.time()}
+        span = {"replica": list(self.calls).index(role), "began": time.time(), "ended": time.time()}
         return TokenOutput(
             token_ids=ids,
             log_probs=logprobs if self.logprobs else None,
