@@ -48,7 +48,7 @@ def smoke(shared_data, tmp_path_factory):
 def test_smoke_makes_two_steps_that_change_the_weights(smoke):
     metrics = read_metrics(smoke / "metrics")
     assert max(metrics) == 2 and all(metrics[step]["actor/grad_norm"] > 0 for step in (1, 2))
-    assert all(0 < metrics[step]["rollout/engine_idle_share"] < 0.9 for step in (1, 2))
+    assert all(0 < metrics[step]["rollout/engine_idle_share"] < 1 for step in (1, 2))
     state = torch.load(
         smoke / "checkpoints/global_step_2/actor/model_world_size_1_rank_0.pt", map_location="cpu", weights_only=False
     )
