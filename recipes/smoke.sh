@@ -3,7 +3,7 @@
 # A run takes 7 to 10 GiB and mostly waits for one core; about two minutes a recipe on two idle cores. Logs are in
 # $RUNS/smoke_logs.
 #
-#   bash recipes/smoke.sh                  all (every script here that selects a +setting)
+#   bash recipes/smoke.sh                  all (every script here that selects a +setting, and MPDF's)
 #   bash recipes/smoke.sh recipes/vrp_*    some
 #   JOBS=1 bash recipes/smoke.sh           one at a time
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
@@ -11,7 +11,7 @@ JOBS=${JOBS:-2}
 [ "$JOBS" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cpu_environment
 
-[ $# -gt 0 ] || mapfile -t scripts < <(grep -l '[+]setting=' recipes/*.sh)
+[ $# -gt 0 ] || mapfile -t scripts < <(grep -l '[+]setting=' recipes/*.sh; ls recipes/mpdf_*_math.sh)
 [ $# -eq 0 ] || scripts=("$@")
 [ -d "${REMA_SHARED_DATA:=../shared/data}" ] && export REMA_SHARED_DATA || unset REMA_SHARED_DATA # rows for the tests
 mkdir -p "$RUNS/smoke_logs"
@@ -28,7 +28,7 @@ one() {
 export -f one
 
 if printf '%s\n' "${scripts[@]}" | xargs -P "$JOBS" -I{} bash -c 'one "$1"' _ {}; then
-  echo "all ${#scripts[@]} recipes made their two steps"
+  echo "all ${#scripts[@]} recipes ran"
 else
   echo "of ${#scripts[@]} recipes some failed: see above"
   exit 1
