@@ -24,7 +24,10 @@ def idle_share(pending: Iterable[Span], calls: Iterable[tuple[int, float, float]
 
     Args:
         pending: when dialogues began and ended.
-        calls: (replica, begin, end) of each of their calls, as the replica saw it; at least one.
+        calls: (replica, begin, end) of each of their calls, as the replica's server saw it.
+
+    Raises:
+        ZeroDivisionError: without a call.
 
     Replica 0 works for 3 of 4 seconds, replica 1 for 2:
 
