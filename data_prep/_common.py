@@ -15,26 +15,17 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from rema_verl.dialogue import SINGLE_AGENT_PROMPTS
+from rema_verl.errors import Parser as Parser
+from rema_verl.errors import UserError, complain
 from rema_verl.rewards.grading import last_boxed as last_boxed
 
+if TYPE_CHECKING:
+    import pyarrow as pa  # a mistake on the command line is found without it
+
 EXTENSIONS = (".parquet", ".json", ".jsonl")
-
-
-class UserError(Exception):
-    """A mistake the user can fix. The message is one line and names the file, row or field."""
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without its usage block: a wrong option is one line like every other mistake."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{message} (see --help)")
 
 
 def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = None) -> None:
@@ -42,7 +33,7 @@ def run_main(main: Callable[[list[str] | None], None], argv: list[str] | None = 
     try:
         main(argv)
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        complain(error, prefix="error:")
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped: outputs are as they were before", file=sys.stderr)
@@ -144,6 +135,9 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         number = 0
         with pq.ParquetFile(path) as file:
@@ -249,7 +243,7 @@ def sha256_file(path: Path) -> str:
 
 
 def write_outputs(
-    out_dir: Path, tables: dict[str, pa.Table], manifest: dict[str, Any], reports: dict[str, Any] | None = None
+    out_dir: Path, tables: "dict[str, pa.Table]", manifest: dict[str, Any], reports: dict[str, Any] | None = None
 ) -> dict[str, Any]:
     """Write parquet files and `manifest.json` into `out_dir`, all or nothing; return the manifest as written.
 
@@ -258,6 +252,8 @@ def write_outputs(
     Everything goes to temporary files first, so a failure while writing leaves earlier outputs as they were. The
     manifest gains `outputs` (rows and SHA-256 of each file) and is put in place last: it describes finished files.
     """
+    import pyarrow.parquet as pq
+
     manifest = dict(manifest, outputs={})
     temporary: dict[Path, Path] = {}  # final path -> temporary path
     try:

@@ -13,21 +13,37 @@ shortest are taken. The model (0.4 M parameters, byte-level tokenizer) is fitted
 model would say about these rows, half of it wrong, so that rewards differ and two optimiser steps have something to
 follow. It can do nothing else, and nothing it scores means anything. A supervised recipe gets the model unfitted.
 
-Written to --out: model/, train.parquet, val.parquet, manifest.json, and overrides.txt, which points the recipe at them.
+Written to --out: model/, train.parquet, val.parquet, manifest.json, and overrides.txt, which points the recipe at them
+(after the settings of the YAML files --settings, if there are any). What is there already, made of the same, is not made
+again: the manifest has a fingerprint of everything the result depends on. REMA_SMOKE_CACHE=FOLDER keeps a copy by that
+fingerprint, for other folders.
 """
 
+import hashlib
 import importlib
 import json
 import os
 import random
 import shlex
+import shutil
+import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
-import pyarrow as pa
-from _common import Parser, UserError, positive_int, read_rows, run_main, sha256_file, source_files, write_outputs
+from _common import (
+    Parser,
+    UserError,
+    positive_int,
+    read_rows,
+    run_main,
+    sha256_file,
+    source_files,
+    write_outputs,
+)
 from build_tiny import FINISH, build_model, build_tokenizer
 
+ROOT = Path(__file__).resolve().parents[1]
 MAX_TURNS = 3  # of a multi-turn recipe
 PLAN = "Add them."
 Chat = list[dict[str, str]]
@@ -38,17 +54,88 @@ Chat = list[dict[str, str]]
 
 def compose_recipe(config_name: str, overrides: list[str]):
     """The recipe's whole configuration, composed as verl's entry point would."""
-    import verl  # noqa: F401  (loads the plug-in, which adds rema_verl.config to Hydra's search path)
-    from hydra import compose, initialize_config_module
+    from rema_verl.config.composing import compose
 
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        return compose(config_name, overrides)
+    return compose(config_name, overrides)
 
 
 def recipe_files(config, split: str) -> list[Path]:
     """The files behind data.train_files or data.val_files."""
     value = config.data[f"{split}_files"]
     return [Path(str(path)).expanduser() for path in ([value] if isinstance(value, str) else value or [])]
+
+
+# --- what is there already -----------------------------------------------------------------------------------------
+
+# What rows and model depend on beside the options: code, settings, versions. Of the recipe's overrides these keys say
+# where a run writes and how it trains.
+CODE = ("data_prep/*.py", "recipes/overrides.py", "rema_verl/dialogue.py", "rema_verl/rewards/grading.py")
+SETTINGS = ("rema_verl/config/**/*.py", "rema_verl/config/**/*.yaml")
+VERSIONS = ("verl", "torch", "transformers", "tokenizers", "pyarrow")
+ELSEWHERE = ("hydra.", "trainer.", "rema.trajectories.", "rema.roles.", "rema.switch.", "model.")
+ELSEWHERE += ("actor_rollout_ref.model.", "actor_rollout_ref.actor.", "actor_rollout_ref.ref.")
+
+
+def fingerprint(args, overrides: list[str]) -> str:
+    """Of everything the result depends on. Files count by name and content, not by where they are."""
+    lines = [line for line in overrides if not line.lstrip("+~").startswith(ELSEWHERE)]
+    rows = [line for line in lines if line.lstrip("+").startswith(("data.train_files=", "data.val_files="))]
+    parts = [part.strip(" '\"") for line in rows for part in line.partition("=")[2].strip("[]").split(",")]
+    paths = [Path(part).expanduser() for part in parts]
+    contents = [(path.name, digest(path)) for path in (*paths, args.train, args.val) if path]
+    command = shlex.split(args.data.removeprefix("python "))
+    if "--out" in command:
+        del command[command.index("--out") : command.index("--out") + 2]
+    if command and not all(path.exists() for path in paths) and (shared := os.environ.get("REMA_SHARED_DATA")):
+        contents += [(name, digest(Path(shared) / name)) for name in SHARED.get(Path(command[0]).stem, ())]
+    code = (file for pattern in CODE + SETTINGS for file in sorted(ROOT.glob(pattern)))
+    contents += [(str(file), digest(file)) for file in args.settings]
+    contents += [(str(file.relative_to(ROOT)), digest(file)) for file in code]
+    options = [args.config, command, args.rows, args.steps, args.seed]
+    versions = [sys.version, *(metadata.version(name) for name in VERSIONS)]
+    rest = [line for line in lines if line not in rows]
+    return hashlib.sha256(json.dumps([options, rest, contents, versions]).encode()).hexdigest()
+
+
+def digest(path: Path) -> list[str] | None:
+    """Of a file, or of those in a folder; None where there is none."""
+    files = source_files(path) if path.is_dir() else [path] if path.is_file() else []
+    return [sha256_file(file) for file in files] or None
+
+
+def is_made(folder: Path, key: str) -> bool:
+    """Whether the folder holds what that fingerprint gives, whole."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        files = {name: output["sha256"] for name, output in manifest["outputs"].items()} | manifest["model"]
+        return manifest["fingerprint"] == key and all(sha256_file(folder / f) == sha for f, sha in files.items())
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def point_to(out: Path) -> None:
+    """overrides.txt of what is in ``out``."""
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    lines = [line.replace("{out}", str(out)) for line in manifest["overrides"]]
+    (out / "overrides.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def copy(source: Path, target: Path) -> None:
+    """Whatever a folder's manifest describes, the manifest last."""
+    shutil.rmtree(target / "model", ignore_errors=True)
+    shutil.copytree(source / "model", target / "model")
+    for file in (*sorted(source.glob("*.parquet")), source / "manifest.json"):
+        shutil.copy(file, target / file.name)
+
+
+def keep(source: Path, kept: Path) -> None:
+    """A copy that appears whole, or is there from somebody else."""
+    temporary = kept.with_name(f".{kept.name}.{os.getpid()}")
+    copy(source, temporary)
+    try:
+        temporary.rename(kept)
+    except OSError:
+        shutil.rmtree(temporary)
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------
@@ -60,10 +147,16 @@ def write_lines(path: Path, rows: list[dict]) -> Path:
     return path
 
 
+SHARED = {  # data script -> the real rows it can be given, in the folder REMA_SHARED_DATA
+    "build_math": ("math_train_l3to5_8523.parquet", "math500.parquet"),
+    "build_sft": ("dialogues_meta_thinking_804.jsonl", "dialogues_reasoning_804.jsonl"),
+}
+
+
 def math_source(folder: Path, shared: Path | None) -> list[str]:
     """Real questions, or sums: 20 of each MATH subject (--mini wants 19), levels 3 to 5."""
     if shared:
-        train, val = shared / "math_train_l3to5_8523.parquet", shared / "math500.parquet"
+        train, val = (shared / name for name in SHARED["build_math"])
     else:
         from build_math import SUBJECTS
 
@@ -91,7 +184,7 @@ def judge_source(folder: Path, shared: Path | None) -> list[str]:
 def dialogue_source(folder: Path, shared: Path | None) -> list[str]:
     """ReMA's published dialogues, or sums in their format."""
     if shared:
-        files = [shared / f"dialogues_{role}_804.jsonl" for role in ("meta_thinking", "reasoning")]
+        files = [shared / name for name in SHARED["build_sft"]]
     else:
         from build_sft import FIRST_TURN
 
@@ -255,6 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", type=Path, help="train rows, if not the recipe's")
     parser.add_argument("--val", type=Path, help="validation rows, if not the recipe's")
     parser.add_argument("--data", default="", metavar="COMMAND", help="the command that makes its files")
+    parser.add_argument("--settings", type=Path, nargs="*", default=[], metavar="YAML", help="for overrides.txt")
     parser.add_argument("--out", type=Path, default=Path("data/smoke"))
     parser.add_argument("--rows", type=positive_int, default=8, help="rows in each split")
     parser.add_argument("--steps", type=positive_int, default=120, help="supervised steps")
@@ -262,7 +356,18 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     out = args.out.resolve()
+    for path in (args.overrides, *args.settings):
+        if path and not path.is_file():
+            raise UserError(f"{path}: no such file")
     overrides = args.overrides.read_text(encoding="utf-8").splitlines() if args.overrides else []
+    key = fingerprint(args, overrides)
+    kept = Path(os.environ["REMA_SMOKE_CACHE"]) / key if os.environ.get("REMA_SMOKE_CACHE") else None
+    if kept and not is_made(out, key) and is_made(kept, key):
+        copy(kept, out)
+    if is_made(out, key):
+        point_to(out)
+        print(f"smoke model and rows are in {args.out} already")
+        return
     config = compose_recipe(args.config, overrides)
     supervised = "actor_rollout_ref" not in config
     files = {split: recipe_files(config, split) for split in (("train",) if supervised else ("train", "val"))}
@@ -276,6 +381,10 @@ def main(argv: list[str] | None = None) -> None:
         for row in (row for rows in splits.values() for row in rows):
             row["data_source"] = f"synthetic_{row['data_source']}"  # no metric under a benchmark's name
 
+    sys.path.insert(0, str(ROOT / "recipes"))
+    from overrides import as_overrides
+
+    settings = [line for file in args.settings for line in as_overrides(file)]
     rng = random.Random(args.seed)
     if supervised:
         chats = [row["messages"] for row in splits["train"]]
@@ -286,18 +395,28 @@ def main(argv: list[str] | None = None) -> None:
     if not supervised:
         loss = fit(model, tokenizer, chats, args.steps, batch=8, rng=rng)
         model.save_pretrained(out / "model")
-    (out / "overrides.txt").write_text(
-        "".join(f"++{line}\n" for line in smoke_overrides(config, out, supervised)), encoding="utf-8"
-    )
     manifest = {
         "made_for": "SMOKE=1",
+        "fingerprint": key,
         "kind_of_rows": kind,
         "seed": args.seed,
         "rows": args.rows,
         "steps": args.steps,
-        "sources": {str(path): sha256_file(path) for paths in files.values() for path in paths if path.is_file()},
+        "sources": {
+            str(path.relative_to(out) if out in path.parents else path): sha256_file(path)
+            for paths in files.values()
+            for path in paths
+            if path.is_file()
+        },
+        "model": {f"model/{file.name}": sha256_file(file) for file in sorted((out / "model").iterdir())},
+        "overrides": [*settings, *(f"++{line}" for line in smoke_overrides(config, Path("{out}"), supervised))],
     }
+    import pyarrow as pa
+
     write_outputs(out, {f"{name}.parquet": pa.Table.from_pylist(rows) for name, rows in splits.items()}, manifest)
+    point_to(out)
+    if kept:
+        keep(out, kept)
     fitted = "" if supervised else f" (supervised loss {loss:.2f})"
     print(f"smoke model and {sum(map(len, splits.values()))} {kind} rows in {args.out}{fitted}")
 

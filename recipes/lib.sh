@@ -10,6 +10,12 @@
 # unchanged. PRINT_OVERRIDES=1 makes them print the Hydra overrides, one per line, and start nothing.
 
 set -euo pipefail
+case ${1:-} in -h | --help) # of a recipe: the comment at its head
+  if [ -f "$0" ]; then
+    sed -n '1{/^#!/d}; /^#/!q; s/^# \{0,1\}//p' "$0"
+    exit
+  fi ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 RUNS=$(realpath -m "${RUNS:-runs}")
 SMOKE=${SMOKE:-0}
@@ -64,6 +70,14 @@ need() {
   done
 }
 
+# precheck CONFIG ARG...: what main_ppo would refuse half a minute of imports later, as far as it can be known without
+# them. With SMOKE=1 the inputs are made afterwards, and are not looked at.
+precheck() {
+  local settings=()
+  [ "$SMOKE" != 1 ] || { cpu_environment; settings=(--settings-only); }
+  python -m rema_verl.checks "${settings[@]}" --config-name "$@" || exit
+}
+
 # The model that the cold start NAME left.
 cold_start() {
   local model=$RUNS/$1/model
@@ -72,19 +86,18 @@ cold_start() {
   echo "$model"
 }
 
-# smoke_overrides CONFIG FOLDER YAML... -- OVERRIDE...: make the inputs in FOLDER and set `extra`, which comes last on
-# the command line, so that it outranks what the recipe sets there.
+# smoke_overrides CONFIG FOLDER YAML... -- OVERRIDE...: make the inputs in FOLDER, unless they are there, and set
+# `extra`, which comes last on the command line, so that it outranks what the recipe sets there.
 smoke_overrides() {
   local config=$1 inputs=$2 files=()
   shift 2
   while [ "$1" != -- ]; do files+=("$1"); shift; done
   shift
-  cpu_environment
   mkdir -p "$inputs"
   printf '%s\n' "$@" > "$inputs/recipe.txt"
   python data_prep/build_smoke.py --config "$config" --overrides "$inputs/recipe.txt" --data "$DATA_COMMAND" \
-    --out "$inputs"
-  mapfile -t extra < <(python recipes/overrides.py "${files[@]}" && cat "$inputs/overrides.txt")
+    --settings "${files[@]}" --out "$inputs"
+  mapfile -t extra < "$inputs/overrides.txt"
 }
 
 launch() {
@@ -102,6 +115,7 @@ launch() {
     printf '%s\n' "$@"
     exit
   fi
+  precheck "$config" "$@"
   mkdir -p "$run/metrics"
   only_one_run_in "$run"
   [ "$SMOKE" != 1 ] || "${config}_smoke" "$run/inputs" "$@"
@@ -125,6 +139,9 @@ alternate() {
   while [ "$1" != -- ]; do filter+=("$1"); shift; done
   shift
   [ "$SMOKE" != 1 ] || { iterations=1 prefix=smoke_; }
+  [ "$SMOKE" = 1 ] || [ "${PRINT_OVERRIDES:-0}" = 1 ] \
+    || precheck rema_trainer "$@" data.train_files="$TRAIN_FILES" actor_rollout_ref.model.path="$MODEL" \
+      rema.roles.meta_thinking.trainable=false # before the questions are filtered, which takes hours
   local -A model=()
   for ((i = 1; i <= iterations; i++)); do
     for role in reasoning meta_thinking; do
@@ -164,6 +181,7 @@ sft() {
     printf '%s\n' "$@"
     exit
   fi
+  precheck sft_trainer_engine "$@"
   mkdir -p "$run/metrics"
   only_one_run_in "$run"
   if [ "$SMOKE" = 1 ]; then

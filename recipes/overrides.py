@@ -4,9 +4,11 @@ SMOKE=1 needs them in this form: what a recipe sets on the command line outranks
 """
 
 import json
-import sys
+from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+
+from rema_verl.errors import Parser, UserError, die
 
 
 def leaves(node: DictConfig, prefix: str = ""):
@@ -20,7 +22,23 @@ def leaves(node: DictConfig, prefix: str = ""):
             yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
 
 
+def as_overrides(file: str | Path) -> list[str]:
+    """A configuration file as overrides that outrank everything before them."""
+    return [f"++{key}={value}" for key, value in leaves(OmegaConf.load(file))]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="overrides.py", description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    files = parser.parse_args(argv).files
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"{file}: no such file")
+    print("\n".join(line for file in files for line in as_overrides(file)))
+
+
 if __name__ == "__main__":
-    for file in sys.argv[1:]:
-        for key, value in leaves(OmegaConf.load(file)):
-            print(f"++{key}={value}")
+    try:
+        main()
+    except UserError as e:
+        die(e)

@@ -1,26 +1,90 @@
 """A user's mistakes, found before anything is started: one line that names the file, row or key, and exit code 2.
 
-Called in the driver (see :func:`rema_verl.compat.config_checks`) for runs that use a name of ours; other verl runs pass
-untouched.
+Called twice for a run that uses a name of ours; other verl runs pass untouched. First by the recipes, in a process of
+its own that imports neither verl nor torch, so that most mistakes cost a second:
+
+    python -m rema_verl.checks --config-name rema_trainer OVERRIDE...
+
+Then in the driver (see :func:`rema_verl.compat.config_checks`), where also verl's registries and the tokenizer are at
+hand.
 """
 
+import ast
+import gc
 import importlib
 import json
 import os
 import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from rema_verl.config import ReMAConfig, mpdf, role_config
 from rema_verl.dialogue import META_THINKING, ROLES, Dialogue
-from rema_verl.platforms import cpu
+from rema_verl.errors import Parser, UserError, die
 
 MODES = ("rema", "rema_separate")
 ASYNC_MODES = ("colocate_async", "separate_async")  # verl's own: a weight sync interrupts messages, which then go on
 
+ConfigError = UserError
 
-class ConfigError(ValueError):
-    """A mistake the user can fix; the message is one line."""
+# key -> (verl's registry; where in verl's folder its own names are registered; modules to import before it is full)
+REGISTRIES = {
+    "algorithm.adv_estimator": (
+        "verl.trainer.ppo.core_algos",
+        "ADV_ESTIMATOR_REGISTRY",
+        "trainer/ppo/core_algos.py",
+        "verl.trainer.ppo.core_algos",
+    ),
+    "actor_rollout_ref.actor.policy_loss.loss_mode": (
+        "verl.trainer.ppo.core_algos",
+        "POLICY_LOSS_REGISTRY",
+        "trainer/ppo/core_algos.py",
+        "verl.trainer.ppo.core_algos",
+    ),
+    "reward.reward_manager.name": (
+        "verl.experimental.reward_loop.reward_manager.registry",
+        "REWARD_MANAGER",
+        "experimental/reward_loop/reward_manager/*.py",
+        "verl.experimental.reward_loop",
+    ),
+    "actor_rollout_ref.rollout.agent.default_agent_loop": (
+        "verl.experimental.agent_loop.agent_loop",
+        "_agent_loop_registry",
+        "experimental/agent_loop/*.py",
+        "verl.experimental.agent_loop",
+    ),
+    "trainer.v1.trainer_mode": (
+        "verl.trainer.ppo.v1.trainer_base",
+        "TRAINER_REGISTRY",
+        "trainer/ppo/v1/*.py",
+        "verl.trainer.ppo.v1",
+    ),
+}
+
+# whole numbers that the recipes' environment sets, or that are calculated with below -> the least one
+WHOLE = {
+    "data.train_batch_size": 1,
+    "data.max_prompt_length": 1,
+    "data.max_response_length": 0,
+    "actor_rollout_ref.actor.ppo_mini_batch_size": 1,
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 1,
+    "actor_rollout_ref.rollout.n": 1,
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+    "trainer.n_gpus_per_node": 1,
+    "trainer.nnodes": 1,
+    "trainer.total_epochs": 1,
+}
+WHOLE_OR_NULL = {
+    "data.seed": None,
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 1,
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": 1,
+    "trainer.total_training_steps": 1,
+}
 
 
 def check_or_exit(config: DictConfig) -> None:
@@ -28,8 +92,7 @@ def check_or_exit(config: DictConfig) -> None:
     try:
         check(config)
     except ValueError as e:
-        print(f"rema-verl: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        die(e)
 
 
 def check(config: DictConfig) -> None:
@@ -40,25 +103,83 @@ def check(config: DictConfig) -> None:
     """
     if mpdf.uses_mpdf(config):
         mpdf.check(config)
-    if not uses_rema(config):
+    if uses_rema(config):
+        check_settings(config)
+        check_files(config)
+        check_registered(config)
+        if config.actor_rollout_ref.rollout.agent.default_agent_loop == "rema":
+            for own, key in models_of(config):
+                check_tokenizer(own, ReMAConfig.of(config), key)
+
+
+def check_cheaply(config: DictConfig, files: bool = True) -> None:
+    """What of :func:`check` needs neither verl nor transformers; also for verl's SFT trainer, which has no hook.
+
+    Args:
+        files: whether data and models are looked at.
+
+    Raises:
+        ValueError: for the first mistake found.
+    """
+    if "actor_rollout_ref" not in config:
+        if files:
+            check_supervised(config)
         return
+    checks = [mpdf.check_settings] if mpdf.uses_mpdf(config) else []
+    checks += [check_settings] if uses_rema(config) else []
+    for check in checks:
+        check(config)
+    if checks and files:
+        check_files(config)
+
+
+def check_settings(config: DictConfig) -> None:
+    """Everything but files, verl's registries and tokenizers."""
     rema = ReMAConfig.of(config)
-    check_names(config)
+    check_written(config)
+    check_combinations(config)
     check_roles(config, rema)
     check_stock_modes(config, rema)
     check_batches(config)
+
+
+def check_files(config: DictConfig) -> None:
+    """Data and models that are named by a path are there, and every row has what a run needs of it."""
+    files = [(f"data.{key}", path) for key in ("train_files", "val_files") for path in files_of(config, key)]
+    for own, key in models_of(config):
+        check_folder(own.actor_rollout_ref.model, key)
+    for key, path in files:
+        check_rows(path, key, config.data.prompt_key)
+
+
+def check_supervised(config: DictConfig) -> None:
+    """The files of a supervised run."""
     for key in ("train_files", "val_files"):
-        for path in files_of(config, key):
-            check_rows(path, f"data.{key}", config.data.prompt_key)
-    if config.actor_rollout_ref.rollout.agent.default_agent_loop == "rema":
-        separate = config.trainer.v1.trainer_mode == "rema_separate"
-        for role in ROLES if separate else ROLES[:1]:
-            own_path = rema.roles[role].model_path
-            check_tokenizer(
-                role_config(config, role) if separate else config,
-                rema,
-                "actor_rollout_ref.model.path" if own_path is None else f"rema.roles.{role}.model_path",
-            )
+        if key == "train_files" or config.data.get(key):
+            files_of(config, key)
+    check_folder(config.model, "model.path")
+
+
+def models_of(config: DictConfig) -> list[tuple[DictConfig, str]]:
+    """(configuration, key of the path) of each model: one, or one per role."""
+    if config.trainer.v1.trainer_mode != "rema_separate":
+        return [(config, "actor_rollout_ref.model.path")]
+    own_path = {role: ReMAConfig.of(config).roles[role].model_path for role in ROLES}
+    return [
+        (
+            role_config(config, role),
+            "actor_rollout_ref.model.path" if own_path[role] is None else f"rema.roles.{role}.model_path",
+        )
+        for role in ROLES
+    ]
+
+
+def check_folder(model: DictConfig, path_key: str) -> None:
+    """A model or tokenizer that is named by a path is there."""
+    for path in filter(None, (model.get("tokenizer_path"), model.path)):
+        path = str(path)
+        if path.startswith(("/", "./", "../", "~")) and not os.path.isdir(os.path.expanduser(path)):
+            raise ConfigError(f"{path_key}={path}: cannot load the tokenizer (no such folder)")
 
 
 def uses_rema(config: DictConfig) -> bool:
@@ -69,35 +190,55 @@ def uses_rema(config: DictConfig) -> bool:
     )
 
 
-def check_names(config: DictConfig) -> None:
-    """Every name that a registry must resolve, and the combinations that would train something else in silence."""
+def named(config: DictConfig) -> dict[str, str]:
+    """key -> the name that must be in the key's registry; what is loaded from a file of the user's is not."""
+    names = {key: str(OmegaConf.select(config, key)) for key in REGISTRIES}
+    if config.reward.reward_manager.source != "register":
+        del names["reward.reward_manager.name"]
+    if config.actor_rollout_ref.rollout.agent.agent_loop_config_path:
+        del names["actor_rollout_ref.rollout.agent.default_agent_loop"]
+    return names
 
-    def registry(module: str, attribute: str) -> set[str]:
-        return {str(name) for name in getattr(importlib.import_module(module), attribute)}
 
-    core = "verl.trainer.ppo.core_algos"
-    known = {
-        "algorithm.adv_estimator": (core, "ADV_ESTIMATOR_REGISTRY"),
-        "actor_rollout_ref.actor.policy_loss.loss_mode": (core, "POLICY_LOSS_REGISTRY"),
-        "reward.reward_manager.name": ("verl.experimental.reward_loop.reward_manager.registry", "REWARD_MANAGER"),
-        "actor_rollout_ref.rollout.agent.default_agent_loop": (
-            "verl.experimental.agent_loop.agent_loop",
-            "_agent_loop_registry",
-        ),
-        "trainer.v1.trainer_mode": ("verl.trainer.ppo.v1.trainer_base", "TRAINER_REGISTRY"),
-    }
-    import verl.experimental.agent_loop
-    import verl.experimental.reward_loop
-    import verl.trainer.ppo.v1  # noqa: F401
+def check_registered(config: DictConfig) -> None:
+    """Every name that a registry must resolve. Imports verl."""
+    for key, name in named(config).items():
+        module, attribute, _, filler = REGISTRIES[key]
+        importlib.import_module(filler)
+        known = {str(name) for name in getattr(importlib.import_module(module), attribute)}
+        if name not in known:
+            raise ConfigError(f"{key}={name} is not a registered name; known: {', '.join(sorted(known))}")
 
-    for key, where in known.items():
-        name, names = str(OmegaConf.select(config, key)), registry(*where)
-        if key == "reward.reward_manager.name" and config.reward.reward_manager.source != "register":
+
+def check_written(config: DictConfig) -> None:
+    """A name that is neither ours nor written anywhere in verl's sources is in no registry.
+
+    Whatever else may register names, or a verl that was not read for this, is left to :func:`check_registered`.
+    """
+    from rema_verl.config.composing import verl_folder
+
+    here = Path(__file__).with_name("plugin.py")  # its import would be torch's
+    for key, name in named(config).items():
+        module, _, sources, _ = REGISTRIES[key]
+        ours = constant(here, "CONTENTS")[module]
+        if name in ours or any(f'"{name}"' in file.read_text("utf-8") for file in verl_folder().glob(sources)):
             continue
-        if key.endswith("default_agent_loop") and config.actor_rollout_ref.rollout.agent.agent_loop_config_path:
-            continue
-        if name not in names:
-            raise ConfigError(f"{key}={name} is not a registered name; known: {', '.join(sorted(names))}")
+        others = [e for e in metadata.entry_points(group="verl.plugins") if e.module != "rema_verl.plugin"]
+        if not others and metadata.version("verl") in constant(here, "TESTED_VERL"):
+            raise ConfigError(f"{key}={name} is not a registered name; known: {', '.join(sorted(ours))}, and verl's")
+
+
+def constant(file: Path, name: str) -> Any:
+    """What a module assigns to ``name``, without importing it."""
+    for node in ast.parse(file.read_text("utf-8")).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            return ast.literal_eval(node.value)  # type: ignore[attr-defined]
+    raise LookupError(name)
+
+
+def check_combinations(config: DictConfig) -> None:
+    """Combinations that would train something else in silence."""
     if (mode := config.trainer.v1.trainer_mode) in MODES:
         if config.actor_rollout_ref.rollout.agent.default_agent_loop != "rema":
             raise ConfigError(
@@ -178,7 +319,8 @@ def check_stock_modes(config: DictConfig, rema: ReMAConfig) -> None:
             f"rema.seed={rema.seed} does not work with trainer.v1.trainer_mode={mode}: such a run cannot repeat "
             f"itself, and a message would draw the same random numbers again after an interruption"
         )
-    if mode == "separate_async" and cpu.chosen() and config.trainer.v1.separate_async.parameter_sync_step != 1:
+    on_cpu = config.trainer.get("device") == "cpu"
+    if mode == "separate_async" and on_cpu and config.trainer.v1.separate_async.parameter_sync_step != 1:
         raise ConfigError(
             "trainer.v1.separate_async.parameter_sync_step must be 1 on CPU: verl's copy of the weights that sampled "
             "(fsdp2_sharded_save_to_cpu) is there the weights themselves, and changes with them"
@@ -187,6 +329,7 @@ def check_stock_modes(config: DictConfig, rema: ReMAConfig) -> None:
 
 def check_batches(config: DictConfig) -> None:
     """Sizes that verl finds out about in the middle of the first step."""
+    check_whole(config)
     actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     if config.data.train_batch_size % actor.ppo_mini_batch_size:
         raise ConfigError(
@@ -210,6 +353,18 @@ def check_batches(config: DictConfig) -> None:
         )
 
 
+def check_whole(config: DictConfig) -> None:
+    """Whole numbers are whole numbers."""
+    for key, least in (WHOLE | WHOLE_OR_NULL).items():
+        value = OmegaConf.select(config, key)
+        if value is None and key in WHOLE_OR_NULL:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ConfigError(f"{key} must be a whole number, got {value!r}")
+        if least is not None and value < least:
+            raise ConfigError(f"{key} must be at least {least}, got {value}")
+
+
 def files_of(config: DictConfig, key: str) -> list[str]:
     """The local files behind ``data.<key>``; remote ones are verl's business."""
     value = config.data[key]
@@ -225,12 +380,12 @@ def files_of(config: DictConfig, key: str) -> list[str]:
 
 def check_rows(path: str, key: str, prompt_key: str) -> None:
     """Every row has a question and a ground truth."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if path.endswith((".json", ".jsonl")):
         check_json_lines(path, key, prompt_key)
         return
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         with pq.ParquetFile(path) as file:
             columns, num_rows = set(file.schema_arrow.names), file.metadata.num_rows
@@ -332,3 +487,42 @@ def check_tokenizer(config: DictConfig, rema: ReMAConfig, path_key: str) -> None
             f"{key}={limit} is less than data.max_prompt_length + data.max_response_length = {budget + turn}: "
             f"a turn at the end of the budget would not fit"
         )
+
+
+# --- before verl ---------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Compose and check a run's configuration as its command line has it; a mistake is one line and exit code 2."""
+    gc.disable()  # a second's work that frees nothing
+    try:
+        if args := command_line(sys.argv[1:] if argv is None else argv):
+            from rema_verl.config.composing import compose
+
+            check_cheaply(compose(args.config_name, args.overrides), files=not args.settings_only)
+    except OmegaConfBaseException as e:
+        from rema_verl.config.composing import one_line
+
+        die(one_line(e))
+    except ValueError as e:
+        die(e)
+
+
+def command_line(argv: Sequence[str]):
+    """The options of a run; None where Hydra is asked for something else, or to look in another folder.
+
+    Raises:
+        UserError: an option that Hydra does not know.
+    """
+    from hydra._internal.utils import get_args_parser
+
+    parser = get_args_parser()
+    parser.error = Parser.error.__get__(parser)  # type: ignore[method-assign]
+    parser.add_argument("--settings-only", action="store_true", help="do not look at data and models")
+    args = parser.parse_args(argv)
+    ours = ("config_name", "overrides", "run", "settings_only")
+    return None if any(value for key, value in vars(args).items() if key not in ours) else args
+
+
+if __name__ == "__main__":
+    main()

@@ -417,23 +417,14 @@ def compose(overrides: list[str], model: str | None, primary: str = "rema_traine
     Raises:
         ValueError: what Hydra has to say about an option, on one line.
     """
-    importlib.import_module("verl")  # loads the plug-in, which adds rema_verl.config to Hydra's search path
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
+    from rema_verl.config import composing
 
     keys = {line.lstrip("+~").partition("=")[0] for line in overrides}
     supervised = not any(key.startswith("actor_rollout_ref.") for key in keys)
     name = "sft_trainer_engine" if supervised else primary
     if model is not None:
         overrides = [*overrides, f"{'' if supervised else 'actor_rollout_ref.'}model.path={json.dumps(model)}"]
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_module("verl.trainer.config", version_base=None):
-            return hydra_compose(name, overrides)
-    except HydraException as e:
-        raise ValueError(str(e).splitlines()[0]) from None
+    return composing.compose(name, overrides)
 
 
 def is_supervised(config) -> bool:
@@ -493,7 +484,8 @@ def check_recipe(section: Section, config) -> None:
     if on_cpu and (cpus := config.ray_kwargs.ray_init.get("num_cpus") or os.cpu_count() or 1) < RAY_CPUS:
         section.add("problem", "ray", f"num_cpus={cpus}: with fewer than {RAY_CPUS} verl's actors wait for ever")
     rema = ReMAConfig.of(config)  # a mistake in it ends this section
-    for check in (checks.check_names, checks.check_batches, lambda c: checks.check_roles(c, rema)):
+    own = (checks.check_registered, checks.check_combinations, checks.check_batches)
+    for check in (*own, lambda c: checks.check_roles(c, rema)):
         with attempt(section, "settings"):
             check(config)
     if not any(f.status == "problem" for f in section.findings):

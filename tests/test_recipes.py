@@ -392,6 +392,10 @@ done
     for _ in range(2):  # the second time everything is there
         subprocess.run(["bash", f"recipes/{recipe}.sh"], cwd=REPO, env=environment, check=True, capture_output=True)
     calls = (tmp_path / "calls").read_text().splitlines()
+    checks_first = [call for call in calls if call.startswith("-m rema_verl.checks --config-name rema_trainer ")]
+    assert calls[0] in checks_first  # before questions are filtered, and before each run
+    assert len(checks_first) == 2 + 2 * iterations
+    calls = [call for call in calls if call not in checks_first]
     assert len(calls) == 2 * 2 * iterations
 
     models = dict.fromkeys(ROLES, "base")

@@ -87,16 +87,23 @@ def check(config: DictConfig) -> None:
     """
     from rema_verl import checks
 
+    check_settings(config)
+    checks.check_files(config)
+    checks.check_registered(config)
+    if config.actor_rollout_ref.rollout.agent.default_agent_loop == "mpdf":
+        check_prompts(config, MPDFConfig.of(config))
+
+
+def check_settings(config: DictConfig) -> None:
+    """Everything but files, verl's registries and the tokenizer."""
+    from rema_verl import checks
+
     mpdf = MPDFConfig.of(config)
     ReMAConfig.of(config)
-    checks.check_names(config)
+    checks.check_written(config)
+    checks.check_whole(config)
     if config.trainer.v1.trainer_mode == "mpdf":
         check_trainer(config, mpdf)
-    for key in ("train_files", "val_files"):
-        for path in checks.files_of(config, key):
-            checks.check_rows(path, f"data.{key}", config.data.prompt_key)
-    if config.actor_rollout_ref.rollout.agent.default_agent_loop == "mpdf":
-        check_prompts(config, mpdf)
 
 
 def check_trainer(config: DictConfig, mpdf: MPDFConfig) -> None:
