@@ -3,6 +3,7 @@
 verl loads this module through the entry point group ``verl.plugins`` at the end of ``verl/__init__.py``, in every
 process (driver, Ray actors, vLLM workers). It therefore imports nothing heavy: each line of ``CONTENTS`` waits until
 verl itself imports the registry it belongs to, and only then imports our module, whose decorator registers the name.
+The algorithms' files are free of verl, so one module beside them registers all their names (``REGISTERED_BY``).
 
 verl swallows a plug-in's exception at DEBUG level. A run without its plug-in is a wrong run, so every failure here is
 printed to stderr and ends the process with exit code 2 (``SystemExit`` passes verl's ``except Exception``).
@@ -24,7 +25,7 @@ CONTENTS: dict[str, dict[str, str]] = {
         "rema": "rema_verl.agent_loops.rema",
         "mpdf": "rema_verl.agent_loops.mpdf",
     },
-    # actor_rollout_ref.actor.policy_loss.loss_mode and algorithm.adv_estimator
+    # actor_rollout_ref.actor.policy_loss.loss_mode and algorithm.adv_estimator; see REGISTERED_BY
     "verl.trainer.ppo.core_algos": {
         "turn_clip": "rema_verl.algorithms.turn_clip",
         "softrankpo": "rema_verl.algorithms.softrankpo",
@@ -61,6 +62,9 @@ CONTENTS: dict[str, dict[str, str]] = {
     },
 }
 
+# a registry whose names are put there by one module, not by those that implement them -> that module
+REGISTERED_BY: dict[str, str] = {"verl.trainer.ppo.core_algos": "rema_verl.algorithms.register"}
+
 
 def _die(message: str) -> NoReturn:
     print(f"rema-verl: error: {message}", file=sys.stderr, flush=True)
@@ -95,7 +99,8 @@ def register() -> None:
 
     _check_verl_version()
     for registry, names in CONTENTS.items():
-        for module in dict.fromkeys(names.values()):
+        modules = [REGISTERED_BY[registry]] if registry in REGISTERED_BY else dict.fromkeys(names.values())
+        for module in modules:
             wrapt.register_post_import_hook(_importer(module), registry)
     compat.apply()
 

@@ -1,1 +1,1 @@
-"""Pure tensor functions first, registration in verl's registries second; one concept per file."""
+"""Pure tensor functions, free of verl, one concept per file; :mod:`.register` puts them into verl's registries."""

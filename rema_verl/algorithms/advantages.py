@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from verl.trainer.ppo.core_algos import register_adv_est
 
 from rema_verl.algorithms.turns import find_turns, sum_per_span, to_tokens
 from rema_verl.dialogue import ROLES
@@ -155,7 +154,6 @@ def grpo_advantage(
     return centred.to(scores.dtype)
 
 
-@register_adv_est("role_grpo")
 def compute_role_grpo_advantage(
     token_level_rewards: torch.Tensor,
     response_mask: torch.Tensor,
@@ -221,7 +219,6 @@ def turn_returns(token_level_rewards: torch.Tensor, response_mask: torch.Tensor,
     return to_tokens(returns[turns.row, place], turns)
 
 
-@register_adv_est("turn_reinforce_plus_plus")
 def compute_turn_reinforce_plus_plus_advantage(
     token_level_rewards: torch.Tensor,
     response_mask: torch.Tensor,

@@ -10,11 +10,8 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from verl.trainer.ppo.core_algos import register_adv_est
 
-# The module, not its names: to import advantages.py first is to import verl's registry from its first lines, on which
-# the plug-in imports this file, before that one is complete.
-from rema_verl.algorithms import advantages as shared
+from rema_verl.algorithms.advantages import group_numbers, read_options, read_rows
 
 
 def _check_options(tau: float, eps: float) -> None:
@@ -62,7 +59,7 @@ def softrank_advantage(
         row = int((~finite).nonzero()[0, 0])
         raise ValueError(f"rewards must be finite, but row {row} (group {group_index[row]!r}) holds {rewards[row]}")
     dtype = torch.promote_types(rewards.dtype, torch.float32)
-    group, num_groups = shared.group_numbers(group_index, rewards.device)
+    group, num_groups = group_numbers(group_index, rewards.device)
     if not num_groups:
         return rewards.to(dtype)
 
@@ -92,7 +89,6 @@ def softrank_advantage(
     return advantages.to(dtype)
 
 
-@register_adv_est("softrankpo")
 def compute_softrankpo_advantage(
     token_level_rewards: torch.Tensor,
     response_mask: torch.Tensor,
@@ -121,8 +117,8 @@ def compute_softrankpo_advantage(
                 [-0.0000, -1.2247],
                 [ 0.0000,  0.0000]])
     """
-    options = shared.read_options(config, "softrankpo", {"tau": 0.5, "eps": 1e-6})
-    rewards, takes_part, index = shared.read_rows(token_level_rewards, response_mask, index)
+    options = read_options(config, "softrankpo", {"tau": 0.5, "eps": 1e-6})
+    rewards, takes_part, index = read_rows(token_level_rewards, response_mask, index)
     advantages = torch.zeros_like(rewards)
     advantages[takes_part] = softrank_advantage(rewards[takes_part], index, **options).to(rewards.dtype)
     advantages = advantages[:, None] * response_mask

@@ -27,14 +27,27 @@ import functools
 import math
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
-from verl.trainer.ppo.core_algos import register_policy_loss
-from verl.workers.config import ActorConfig, PolicyLossConfig
 
 from rema_verl.algorithms.turns import Turns, check_mask, count_turns, find_turns, sum_per_turn
+
+if TYPE_CHECKING:
+    from verl.workers.config import ActorConfig
+
+    from rema_verl.algorithms.register import TurnClipLossConfig as TurnClipLossConfig
+else:
+
+    def __getattr__(name: str) -> Any:
+        """``TurnClipLossConfig`` is a class of verl's, so it lives in :mod:`.register`; configurations name it here."""
+        if name == "TurnClipLossConfig":
+            from rema_verl.algorithms.register import TurnClipLossConfig
+
+            return TurnClipLossConfig
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 TURN_RATIOS = ("geometric", "arithmetic")
 TURN_AGGS = ("trajectory", "turn", "sum")
@@ -46,10 +59,8 @@ _turns_in_global_batch: ContextVar[int | None] = ContextVar("turns_in_global_bat
 
 
 @dataclass
-class TurnClipLossConfig(PolicyLossConfig):
-    """Options of ``turn_clip``; chosen with ``actor_rollout_ref.actor.policy_loss._target_=<this class>``.
-
-    With ``loss_mode=turn_clip`` alone, verl builds its plain ``PolicyLossConfig`` and these defaults apply.
+class TurnClipOptions:
+    """Options of ``turn_clip``. Under verl they come as :class:`TurnClipLossConfig`, which has them and verl's own.
 
     Args:
         turn_ratio: "geometric" or "arithmetic", see the module's head.
@@ -63,7 +74,6 @@ class TurnClipLossConfig(PolicyLossConfig):
         ValueError: an unknown value, or a scale or cap that is not positive.
     """
 
-    loss_mode: str = "turn_clip"
     turn_ratio: str = "geometric"
     turn_agg: str = "trajectory"
     turn_scale: float = 1.0
@@ -77,9 +87,6 @@ class TurnClipLossConfig(PolicyLossConfig):
             raise ValueError(f"policy_loss.turn_scale must be a positive number of turns, got {self.turn_scale!r}")
         if self.log_ratio_cap is not None and not self.log_ratio_cap > 0:
             raise ValueError(f"policy_loss.log_ratio_cap must be positive, or null for off, got {self.log_ratio_cap!r}")
-        if self.turn_agg == "turn":
-            # The workers build their config before they train, so this is in time, and only where it is needed.
-            install_turn_counter()
 
 
 @contextmanager
@@ -138,7 +145,7 @@ def turn_ratios(
     Args:
         log_prob, old_log_prob: (B, L), nats; masked positions may hold anything.
         turns: of the response mask.
-        turn_ratio, log_ratio_cap: see :class:`TurnClipLossConfig`.
+        turn_ratio, log_ratio_cap: see :class:`TurnClipOptions`.
 
     Example, one turn of two tokens whose ratios are 1 and 4: the geometric ratio is 2, the arithmetic 2.5::
 
@@ -201,13 +208,13 @@ def turn_weight(
     return weight / turns.per_row[turns.row] if turn_agg == "trajectory" else weight / turn_scale
 
 
-def _options(policy_loss: Any) -> TurnClipLossConfig:
-    if isinstance(policy_loss, TurnClipLossConfig):
+def _options(policy_loss: Any) -> TurnClipOptions:
+    if isinstance(policy_loss, TurnClipOptions):
         return policy_loss
-    if policy_loss is None or isinstance(policy_loss, PolicyLossConfig):
-        return TurnClipLossConfig()
-    own = ("turn_ratio", "turn_agg", "turn_scale", "log_ratio_cap")
-    return TurnClipLossConfig(**{name: policy_loss[name] for name in own if name in policy_loss})
+    if policy_loss is None or is_dataclass(policy_loss):  # verl's plain PolicyLossConfig has none of them
+        return TurnClipOptions()
+    own = [option.name for option in fields(TurnClipOptions)]
+    return TurnClipOptions(**{name: policy_loss[name] for name in own if name in policy_loss})
 
 
 def _num_global_turns(global_batch_info: dict[str, Any], response_mask: torch.Tensor) -> int | None:
@@ -225,14 +232,13 @@ def _num_global_turns(global_batch_info: dict[str, Any], response_mask: torch.Te
     )
 
 
-@register_policy_loss("turn_clip")
 def compute_policy_loss_turn_clip(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
     advantages: torch.Tensor,
     response_mask: torch.Tensor,
     loss_agg_mode: str = "token-mean",
-    config: ActorConfig | None = None,
+    config: "ActorConfig | None" = None,
     rollout_is_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """verl's policy-loss signature; see the module's head for the formula.
@@ -262,6 +268,7 @@ def compute_policy_loss_turn_clip(
     Example: the ratios 1 and 4 of a two-token turn make the turn's ratio 2, which is clipped to 1.2 where A > 0; the
     one-token turn has ratio 1 and A = -1; their mean is (-1.2 + 1) / 2::
 
+        >>> from verl.workers.config import ActorConfig
         >>> config = ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
         >>> old, new = torch.tensor([[0.25, 0.25, 0.9, 0.5]]).log(), torch.tensor([[0.25, 1.0, 0.1, 0.5]]).log()
         >>> advantages, mask = torch.tensor([[1.0, 1.0, 0.0, -1.0]]), torch.tensor([[1, 1, 0, 1]])

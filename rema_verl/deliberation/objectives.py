@@ -22,6 +22,7 @@ entropy bonus.
 import torch
 from torch import Tensor
 
+from rema_verl.algorithms.softrankpo import rank_matching_loss, softrank_advantage
 from rema_verl.deliberation.protocol import ACTIONS
 
 STAGES = ("supervised", "softrankpo", "expected", "grpo", "ppo")
@@ -45,8 +46,6 @@ def rank_advantages(rewards: Tensor, tau: float = 0.5, eps: float = 1e-6) -> Ten
     tensor([[-0.7071,  1.4142, -0.7071],
             [ 0.0000,  0.0000,  0.0000]])
     """
-    from rema_verl.algorithms.softrankpo import softrank_advantage  # brings verl along: seconds
-
     states = torch.arange(len(rewards)).repeat_interleave(rewards.shape[1]).tolist()
     return softrank_advantage(rewards.reshape(-1), states, tau, eps).view(rewards.shape).float()
 
@@ -69,8 +68,6 @@ def supervised_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 def softrankpo_loss(logits: Tensor, reference: Tensor, advantages: Tensor, beta: float) -> Tensor:
     """Eq. 4 over (B, K) logits of the policy and of the frozen reference, a scalar."""
-    from rema_verl.algorithms.softrankpo import rank_matching_loss  # brings verl along: seconds
-
     return rank_matching_loss(logits.log_softmax(dim=1) - reference.log_softmax(dim=1), advantages, beta)
 
 
