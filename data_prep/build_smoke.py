@@ -13,10 +13,10 @@ shortest are taken. The model (0.4 M parameters, byte-level tokenizer) is fitted
 model would say about these rows, half of it wrong, so that rewards differ and two optimiser steps have something to
 follow. It can do nothing else, and nothing it scores means anything. A supervised recipe gets the model unfitted.
 
-Written to --out: model/, train.parquet, val.parquet, manifest.json, and overrides.txt, which points the recipe at them
-(after the settings of the YAML files --settings, if there are any). What is there already, made of the same, is not made
-again: the manifest has a fingerprint of everything the result depends on. REMA_SMOKE_CACHE=FOLDER keeps a copy by that
-fingerprint, for other folders.
+Written to --out: model/, train.parquet, val.parquet, manifest.json, and overrides.txt, which has the settings of the
+YAML files --settings and points the recipe at the rest. What is there already, made of the same, is not made again: the
+manifest has a fingerprint of everything the result depends on. REMA_SMOKE_CACHE=FOLDER keeps a copy by fingerprint, for
+other folders.
 """
 
 import hashlib

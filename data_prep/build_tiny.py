@@ -23,7 +23,6 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
 from _common import Parser, positive_int, run_main, write_outputs
 
 FINISH = "[FINISH]"
@@ -166,6 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=positive_int, default=256)
     parser.add_argument("--layers", type=positive_int, default=2)
     args = parser.parse_args(argv)
+    import pyarrow as pa
 
     rng = random.Random(args.seed)
     seen: set[str] = set()

@@ -27,7 +27,6 @@ import itertools
 import random
 from pathlib import Path
 
-import pyarrow as pa
 from _common import Parser, UserError, positive_int, run_main, write_outputs
 from build_tiny import MODULUS, build_model, build_tokenizer, rl_row, text_of
 
@@ -148,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--hidden", type=positive_int, default=256)
     parser.add_argument("--layers", type=positive_int, default=2)
     args = parser.parse_args(argv)
+    import pyarrow as pa
     from tokenizers import Regex, pre_tokenizers
 
     rng = random.Random(args.seed)

@@ -22,8 +22,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from _common import Parser, UserError, positive_int, run_main, sha256_file, write_outputs
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "recipes"))
@@ -158,6 +156,9 @@ def main(argv: list[str] | None = None) -> None:
     journal = read_journal(folder)
     rates = success_rates(names, journal, args.rollouts)
     check_complete(rates, too_long, args)
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     keep = [rates[name] is not None and args.min <= rates[name] <= args.max for name in names]
     counts = count(names, rates, keep, args) | {

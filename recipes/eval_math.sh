@@ -56,15 +56,14 @@ if [ "$SMOKE" = 1 ]; then
   [ "$MAX_TURNS" -gt 3 ] && MAX_TURNS=3
   TOKENS_PER_TURN=64 CONTEXT_TOKENS=${SMOKE_CONTEXT:-1024}
   INPUTS=$RUNS/smoke_eval_$TASK/inputs
-  if [ ! -e "$INPUTS/manifest.json" ]; then
-    mkdir -p "$INPUTS"
-    printf 'rema.%s\n' "task=$TASK" "max_turns=$MAX_TURNS" > "$INPUTS/recipe.txt"
-    python data_prep/build_smoke.py --overrides "$INPUTS/recipe.txt" \
-      --train "${FILES[0]}" --val "${FILES[-1]}" --out "$INPUTS"
-  fi
+  mkdir -p "$INPUTS"
+  printf 'rema.%s\n' "task=$TASK" "max_turns=$MAX_TURNS" > "$INPUTS/recipe.txt"
+  python data_prep/build_smoke.py --overrides "$INPUTS/recipe.txt" \
+    --train "${FILES[0]}" --val "${FILES[-1]}" --out "$INPUTS"
   MODEL=$INPUTS/model FILES=("$INPUTS/val.parquet")
   OUT=${OUT:-$RUNS/smoke_eval_$TASK/$MODE}
 fi
+case $MODEL in -*) echo "rema-verl: error: $MODEL: a model comes first; use: bash recipes/eval_$TASK.sh MODEL" >&2; exit 2 ;; esac
 [ -n "$MODEL" ] || { echo "rema-verl: error: no model; use: bash recipes/eval_$TASK.sh MODEL" >&2; exit 2; }
 [ "$DEVICE" = cpu ] && cpu_environment
 

@@ -31,9 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_prep"))
 from _common import Parser, UserError, positive_int, run_main
@@ -277,6 +274,10 @@ def markdown(title: str, about: str, tables: list[tuple[list[str], Rows]], said:
 
 
 def show(title: str, tables: list[tuple[list[str], Rows]], said: list[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = Console()
     console = console if console.is_terminal else Console(width=160)  # a file has no width
     for (header, rows), caption in zip(tables, (title, "trajectories"), strict=True):

@@ -4,6 +4,12 @@
 #   tiny_mpdf FOLDER SEED N   the synthetic task, and a tiny model after N supervised steps, in FOLDER
 # Killed, the same command goes on. SMOKE=1 runs all stages on CPU with a tiny synthetic model and few questions.
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+GIVEN=("$@") # on the recipe's command line
+
+no_arguments() {
+  [ "${#GIVEN[@]}" = 0 ] \
+    || { echo "rema-verl: error: ${GIVEN[0]}: $0 takes no arguments; its head says what to set" >&2; exit 2; }
+}
 
 # the paper's, where it states one: 3 agents, 3 rounds, tau 0.5
 AGENTS=${AGENTS:-3}
@@ -35,6 +41,7 @@ tiny_mpdf() { # FOLDER SEED SFT_STEPS: task, model and cold start in FOLDER; the
 
 mpdf_stages() {
   local name=$1 paper=${2:-} run prompts=()
+  no_arguments
   [ "$SMOKE" != 1 ] || name=smoke_$name
   run=$RUNS/$name
   mkdir -p "$run"

@@ -10,6 +10,7 @@
 # mathematics. A second run reuses what is there; a run that was killed goes on.
 QUESTIONS=${QUESTIONS:-600} EVAL_QUESTIONS=${EVAL_QUESTIONS:-300}
 source "$(dirname "${BASH_SOURCE[0]}")/mpdf_lib.sh"
+no_arguments
 cpu_environment
 
 MPDF_DEVICE=cpu

@@ -5,10 +5,11 @@ nothing of how seeds differ, which is why each seed's accuracy stands beside the
 """
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
+
+from rema_verl.errors import Parser, UserError, die
 
 RESAMPLES = 10_000
 
@@ -25,15 +26,21 @@ def pooled(per_seed: list[np.ndarray], rng: np.random.Generator) -> tuple[float,
     return float(np.mean([values.mean() for values in per_seed])), float(low), float(high)
 
 
-def main(files: list[str]) -> None:
-    if not files:
-        sys.exit("rema-verl: error: no results.json given")
+def read(argv: list[str] | None = None) -> list[dict]:
+    """The files of the command line."""
+    parser = Parser(prog="mpdf_results.py", description=__doc__.split("\n")[0])
+    parser.add_argument("files", nargs="+", metavar="RESULTS", help="results.json of an evaluation")
     results = []
-    for file in files:
+    for file in parser.parse_args(argv).files:
         try:
-            results.append(json.loads(Path(file).read_text(encoding="utf-8")))
-        except (OSError, ValueError) as e:
-            sys.exit(f"rema-verl: error: {file}: not a readable results.json ({e})")
+            result = json.loads(Path(file).read_text(encoding="utf-8"))
+            results.append({key: result[key] for key in ("compared", "methods", "settings")})
+        except (OSError, ValueError, LookupError, TypeError) as e:
+            raise UserError(f"{file}: not a readable results.json ({e})") from None
+    return results
+
+
+def main(results: list[dict]) -> None:
     rng = np.random.default_rng(0)
     of = results[0]["compared"]
     methods = [name for name in results[0]["methods"] if all(name in r["methods"] for r in results)]
@@ -59,4 +66,8 @@ def main(files: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        found = read()
+    except UserError as e:
+        die(e)
+    main(found)

@@ -1,15 +1,15 @@
 """Print what a quickstart run came to: a few lines for people, then one JSON object on the last line."""
 
-import argparse
 import json
-import sys
 from pathlib import Path
 
 from watch import read_metrics, val_accuracy
 
+from rema_verl.errors import Parser, UserError, die
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--seconds", type=int, required=True)
@@ -18,7 +18,7 @@ def main() -> None:
     steps = read_metrics(args.run / "metrics")
     accuracy = {step: a for step in sorted(steps) if (a := val_accuracy(steps[step])) is not None}
     if 0 not in accuracy or args.steps not in accuracy:
-        sys.exit(f"rema-verl: error: {args.run / 'metrics'}: no validation at step 0 and step {args.steps}")
+        raise UserError(f"{args.run / 'metrics'}: no validation at step 0 and step {args.steps}")
     checkpoint = args.run / "checkpoints" / f"global_step_{args.steps}"
     print(
         f"held-out accuracy  {accuracy[0]:.1%} before, {accuracy[args.steps]:.1%} after {args.steps} steps (synthetic)"
@@ -45,4 +45,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as e:
+        die(e)

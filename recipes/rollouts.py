@@ -30,16 +30,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data_prep"))
 from _common import UserError, first_line, positive_int, read_rows, sha256_file, source_files
 
 from rema_verl.checks import check_row
 from rema_verl.dialogue import META_THINKING, REASONING, ROLES, SINGLE_AGENT_PROMPTS, Dialogue, neutralise
+from rema_verl.errors import PREFIX
 
 ROOT = Path(__file__).resolve().parents[1]
 MODES = ("rema", "vrp", "mrp")  # the team; one agent that answers directly; one agent that plans first
@@ -128,25 +124,25 @@ def read_questions(files: Iterable[Path], only: tuple[str, ...] = ()) -> list[di
 
     Rows without an id that ask the same question share one. Two rows with the same id but other content are a mistake.
     """
-    rows, seen = [], {}
-    for path in files:
-        for file in source_files(Path(path)):
-            for where, row in read_rows(file):
-                try:
-                    check_row(row, where, "prompt")
-                except ValueError as error:
-                    raise UserError(str(error)) from None
-                if not isinstance(row.get("data_source"), str):
-                    raise UserError(f"{where}: no 'data_source'")
-                given = (row.get("extra_info") or {}).get("id") is not None
-                name = question_id(row)
-                if given and name in seen:
-                    raise UserError(f"{where}: 'extra_info.id' is {name!r} again, as in {seen[name]}")
-                seen[name] = where
-                if not only or row["data_source"] in only:
-                    rows.append(row | {"extra_info": {**(row.get("extra_info") or {}), "id": name}})
-    if unknown := set(only) - {row["data_source"] for row in rows}:
+    found = [item for path in files for file in source_files(Path(path)) for item in read_rows(file)]
+    for where, row in found:
+        try:
+            check_row(row, where, "prompt")
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        if not isinstance(row.get("data_source"), str):
+            raise UserError(f"{where}: no 'data_source'")
+    if unknown := set(only) - {row["data_source"] for _, row in found}:
         raise UserError(f"no question of '{sorted(unknown)[0]}' in {', '.join(map(str, files))}")
+    rows, seen = [], {}
+    for where, row in found:  # what has no id is named by a function that takes seconds to import
+        given = (row.get("extra_info") or {}).get("id") is not None
+        name = question_id(row)
+        if given and name in seen:
+            raise UserError(f"{where}: 'extra_info.id' is {name!r} again, as in {seen[name]}")
+        seen[name] = where
+        if not only or row["data_source"] in only:
+            rows.append(row | {"extra_info": {**(row.get("extra_info") or {}), "id": name}})
     return rows
 
 
@@ -375,19 +371,14 @@ def find_too_long(rows: list[dict], job: Job, models: list[str]) -> list[str]:
 
     The dialogue would skip them in silence, and verl's single-turn loop would cut them, so neither ever gets them.
     """
-    from hydra import compose, initialize_config_module
+    from rema_verl.config import ReMAConfig
+
+    model, config = models[0], configuration(job, models)
+    rema = ReMAConfig.of(config)
     from transformers import AutoTokenizer
 
     from rema_verl.agent_loops.rema import control_strings, prompts_for, question_of
-    from rema_verl.config import ReMAConfig
 
-    model, options = models[0], verl_options(job, models, job.folder / "pending.parquet", launch=1)
-    try:
-        with initialize_config_module("rema_verl.config", version_base=None):
-            config = compose("rema_trainer", ["hydra.searchpath=[pkg://verl.trainer.config]", *options])
-        rema = ReMAConfig.of(config)
-    except Exception as error:  # Hydra's and OmegaConf's many
-        raise UserError(f"verl's options: {first_line(error)}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:
@@ -467,6 +458,38 @@ def verl_command(job: Job, models: list[str], questions: Path, launch: int) -> l
     return [*command, f"hydra.run.dir={quoted(job.folder / 'hydra')}", *verl_options(job, models, questions, launch)]
 
 
+def configuration(job: Job, models: list[str]):
+    """The run's whole configuration.
+
+    Raises:
+        UserError: an option that verl or we do not know, or a value out of range.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+
+    from rema_verl.config import ReMAConfig
+    from rema_verl.config.composing import compose
+
+    try:
+        config = compose("rema_trainer", verl_options(job, models, job.folder / "pending.parquet", launch=1))
+        ReMAConfig.of(config)
+    except (ValueError, OmegaConfBaseException) as error:
+        raise UserError(f"verl's options: {first_line(error)}") from None
+    return config
+
+
+def check_job(job: Job) -> None:
+    """What can be wrong with models and options, before the folder is touched.
+
+    Raises:
+        UserError: for the first mistake found.
+    """
+    models = [model for model in (job.model, job.reasoning_model) if model]
+    for model in models:
+        locate(model)
+    if job.overrides:
+        configuration(job, models)
+
+
 def quoted(value: object) -> str:
     """A string as Hydra reads it: a path may have characters that mean something to it."""
     return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
@@ -487,6 +510,7 @@ def roll_out(job: Job, rows: list[dict], title: str = "trajectories") -> set[str
         UserError: for a folder that is in use or has other settings, or a model that cannot be used.
         RunFailed: when verl ends with an error. The same call goes on from there.
     """
+    check_job(job)
     with locked(job.folder) as lock:
         check_settings(job.folder, job.settings())
         file = job.folder / "too_long.json"
@@ -515,6 +539,9 @@ def launch(job: Job, models: list[str], missing: list[dict], lock: int, title: s
     number = 1 + max((int(p.name) for p in (job.folder / "journal").glob("[0-9]*")), default=0)
     (job.folder / "journal" / f"{number:03d}").mkdir(parents=True)  # also of a launch that scores nothing
     (job.folder / "log").mkdir(exist_ok=True)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     questions, log = job.folder / "pending.parquet", job.folder / "log" / f"{number:03d}.txt"
     temporary = questions.with_suffix(".tmp")
     pq.write_table(pa.Table.from_pylist([for_mode(row, job.mode, job.task) for row in missing]), temporary)
@@ -538,7 +565,7 @@ def launch(job: Job, models: list[str], missing: list[dict], lock: int, title: s
             signal.signal(signal.SIGTERM, before)
     if process.returncode:
         text = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
-        said = [line[line.index("rema-verl: error:") :] for line in text.splitlines() if "rema-verl: error:" in line]
+        said = [line[line.index(PREFIX) :] for line in text.splitlines() if PREFIX in line]
         tail = list(dict.fromkeys(said)) or text.splitlines()[-15:]
         raise RunFailed(
             "\n".join(tail) + f"\nverl ended with exit code {process.returncode}; its whole output: {log}\n"
@@ -548,6 +575,9 @@ def launch(job: Job, models: list[str], missing: list[dict], lock: int, title: s
 
 def watch(process: subprocess.Popen, job: Job, title: str, lacking: int, wanted: set[str]) -> int:
     """Show how the journal grows until the run ends; return by how much it grew."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     console, journal = Console(), Journal(job.folder / "journal")
     before = sum(entry["id"] in wanted for entry in journal.new())
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())

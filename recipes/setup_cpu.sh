@@ -2,6 +2,10 @@
 # Make .venv with everything a machine without an accelerator needs: the package with its extras cpu and dev.
 # Runs again only when setup.py has changed. PYTHON=python3.12 chooses the interpreter.
 set -euo pipefail
+case ${1:-} in
+  -h | --help) sed -n '2,3s/^# //p' "$0"; exit ;;
+  ?*) echo "rema-verl: error: $1: $0 takes no arguments" >&2; exit 2 ;;
+esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}

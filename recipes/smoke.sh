@@ -8,6 +8,9 @@
 #   JOBS=1 bash recipes/smoke.sh           one at a time
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 JOBS=${JOBS:-2}
+for script in "$@"; do
+  [ -f "$script" ] || { echo "rema-verl: error: $script: no such recipe" >&2; exit 2; }
+done
 [ "$JOBS" = 1 ] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 cpu_environment
 

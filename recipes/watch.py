@@ -7,18 +7,17 @@ metrics in ``--metrics``, or from its console lines in the log), the latest accu
 fails, its own error lines and the log's path are shown, and its exit code is passed on.
 """
 
-import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rema_verl.errors import PREFIX, Parser, UserError, die
 
 POLL = 0.5  # seconds
 
@@ -59,14 +58,27 @@ def describe(log: Path, metrics: Path | None) -> tuple[int, str]:
     return (int(steps[-1][0]), f"loss {float(steps[-1][1]):.3f}") if steps else (0, "starting")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+def parse_args():
+    """The command line."""
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--title", required=True)
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--metrics", type=Path)
     parser.add_argument("--steps", type=int)
     parser.add_argument("command", nargs="+")
     args = parser.parse_args()
+    if shutil.which(args.command[0]) is None:
+        raise UserError(f"{args.command[0]}: no such command")
+    return args
+
+
+def main() -> int:
+    try:
+        args = parse_args()
+    except UserError as e:
+        die(e)
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     console = Console()
     args.log.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +105,7 @@ def main() -> int:
         progress.update(task, completed=done, words=words)
     if process.returncode:
         text = re.sub(r"\x1b\[[0-9;]*m", "", args.log.read_text(errors="replace"))
-        lines = [line for line in text.splitlines() if "rema-verl: error:" in line]
+        lines = [line for line in text.splitlines() if PREFIX in line]
         tail = list(dict.fromkeys(lines)) or text.splitlines()[-15:]
         print("\n".join(tail), file=sys.stderr)
         print(f"{args.title} failed (exit {process.returncode}); full log: {args.log}", file=sys.stderr)

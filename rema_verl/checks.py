@@ -175,11 +175,22 @@ def models_of(config: DictConfig) -> list[tuple[DictConfig, str]]:
 
 
 def check_folder(model: DictConfig, path_key: str) -> None:
-    """A model or tokenizer that is named by a path is there."""
-    for path in filter(None, (model.get("tokenizer_path"), model.path)):
-        path = str(path)
-        if path.startswith(("/", "./", "../", "~")) and not os.path.isdir(os.path.expanduser(path)):
-            raise ConfigError(f"{path_key}={path}: cannot load the tokenizer (no such folder)")
+    """A model, and a tokenizer of its own, is there where it is named by a path."""
+    tokenizer_key = path_key.replace("model.path", "model.tokenizer_path")
+    for key, path in ((tokenizer_key, model.get("tokenizer_path")), (path_key, model.path)):
+        if path and is_missing(str(path)):
+            raise ConfigError(f"{key}={path}: cannot load the tokenizer (no such folder)")
+
+
+def is_missing(model: str) -> bool:
+    """Whether this is the path of a folder, as no name on the Hub is, and the folder is not there.
+
+    >>> is_missing("/nowhere/model"), is_missing("runs/a/model"), is_missing("owner/name"), is_missing("s3://a/b/c")
+    (True, True, False, False)
+    """
+    path = os.path.expanduser(model)
+    named = path.startswith(("/", ".", "~")) or (path.count("/") > 1 and "://" not in path)
+    return named and not os.path.isdir(path)
 
 
 def uses_rema(config: DictConfig) -> bool:
@@ -499,7 +510,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args := command_line(sys.argv[1:] if argv is None else argv):
             from rema_verl.config.composing import compose
 
-            check_cheaply(compose(args.config_name, args.overrides), files=not args.settings_only)
+            config = compose(args.config_name, args.overrides)
+            OmegaConf.to_container(config, resolve=True)  # as verl will
+            check_cheaply(config, files=not args.settings_only)
     except OmegaConfBaseException as e:
         from rema_verl.config.composing import one_line
 

@@ -5,15 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-PREFIX = "rema-verl: error:"
-
-
-class Parser(argparse.ArgumentParser):
-    """A wrong option is one line, like every other mistake."""
-
-    def error(self, message: str):
-        print(f"{PREFIX} {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
+from rema_verl.errors import Parser, UserError, complain
 
 
 def parser(doctoring: bool = True) -> argparse.ArgumentParser:
@@ -62,7 +54,11 @@ def report(args) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run a sub-command; a user's mistake is one line and exit code 2."""
     words = sys.argv[1:] if argv is None else argv
-    args = parser(doctoring=words[:1] == ["doctor"]).parse_args(words)
+    try:
+        args = parser(doctoring=words[:1] == ["doctor"]).parse_args(words)
+    except UserError as e:
+        complain(e)
+        return 2
     try:
         if args.command == "doctor":
             return _doctor().main(args)
@@ -73,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return report(args) if args.command == "report" else show.main(args)
         except (RunError, SchemaError) as e:
-            print(f"{PREFIX} {show.visible(' '.join(str(e).split()))}", file=sys.stderr)
+            complain(show.visible(" ".join(str(e).split())))
             return 2
     except BrokenPipeError:  # `rema-verl show RUN | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -48,6 +48,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rema_verl.dialogue import META_THINKING, REASONING, ROLES, Dialogue
+from rema_verl.errors import UserError, complain
 
 SCHEMA = 1  # of --json
 GIB = 2**30
@@ -59,7 +60,7 @@ STYLES = {"ok": ("✓", "green"), "note": ("·", "dim"), "unknown": ("?", "cyan"
 STYLES["problem"] = ("✗", "bold red")
 
 
-class Misuse(Exception):
+class Misuse(UserError):
     """What was asked for makes no sense; the message is one line."""
 
 
@@ -104,7 +105,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         sections = examine(args.recipe, args.model, args.data)
     except Misuse as e:
-        print(f"rema-verl: error: {printable(e)}", file=sys.stderr)
+        complain(printable(e))
         return 2
     problems = [f for section in sections for f in section.findings if f.status == "problem"]
     if args.json:

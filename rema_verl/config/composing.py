@@ -45,13 +45,13 @@ def compose(name: str, overrides: Sequence[str]) -> DictConfig:
     plain = yaml.SafeLoader
     try:
         # OmegaConf derives its loader from this name. libyaml's gives the same, several times faster.
-        yaml.SafeLoader = getattr(yaml, "CSafeLoader", plain)  # type: ignore[misc]
+        yaml.SafeLoader = getattr(yaml, "CSafeLoader", plain)
         with initialize_config_dir(str(folder), version_base=None):
             return hydra_compose(name, list(overrides))
     except (HydraException, OmegaConfBaseException) as e:
         raise UserError(one_line(e)) from None
     finally:
-        yaml.SafeLoader = plain  # type: ignore[misc]
+        yaml.SafeLoader = plain
 
 
 def one_line(error: Exception) -> str:
@@ -62,5 +62,5 @@ def one_line(error: Exception) -> str:
     """
     lines = (line.strip() for line in str(error).splitlines())
     said = " ".join(line for line in lines if line and not line.startswith(NOISE))[:400]
-    override = getattr(error, "override", None)  # that could not be parsed
-    return f"{override}: {said}" if override and override not in said else said
+    where = getattr(error, "override", None) or getattr(error, "full_key", None)
+    return f"{where}: {said}" if where and where not in said else said

@@ -18,21 +18,19 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-from rema_verl.checks import check_row
+from rema_verl.checks import check_row, is_missing
 from rema_verl.config.mpdf import MPDFConfig
-from rema_verl.deliberation import corpus
-from rema_verl.deliberation.policy import MetaPolicy, collate
 from rema_verl.deliberation.protocol import ACTIONS, REFINE, AgentState, Same, action_rewards
 from rema_verl.deliberation.serving import Client, Serving, fingerprint, load_tokenizer, serve
 from rema_verl.deliberation.state import LAYOUT, SCHEMA, team_features
 from rema_verl.deliberation.team import Deliberation, Policy, PromptTooLong, Team, always, deliberate, uniform
+from rema_verl.errors import Parser, UserError, die
 from rema_verl.rewards.grading import grade
+
+if TYPE_CHECKING:
+    from rema_verl.deliberation.policy import MetaPolicy  # imports torch: not before the command line is checked
 
 T = TypeVar("T")
 SHARD = 32  # trajectories that a kill can cost
@@ -64,20 +62,12 @@ class Grader:
 # --- what collect and evaluate have in common -----------------------------------------------------------------------
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse without its usage block: a wrong option is one line like every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see --help)")
-
-
 def or_exit(prepare: Callable[..., T], *args) -> T:
     """``prepare(*args)``; a user's mistake is one line and exit code 2."""
     try:
         return prepare(*args)
     except ValueError as e:
-        print(f"rema-verl: error: {' '.join(str(e).split())}", file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
+        die(e)
 
 
 def whole(least: int) -> Callable[[str], int]:
@@ -122,7 +112,7 @@ class Job:
     team: Team
     questions: list[Question]
     serving: Serving
-    tokenizer: Any
+    tokenizer: Any  # loaded last: that imports transformers
     settings: dict[str, Any]  # what decides the outcome
 
     def grader(self, question: Question) -> Grader:
@@ -132,8 +122,11 @@ class Job:
 MACHINE = ("out", "questions", "prompts", "in_flight", "device", "gpus", "nodes", "tensor", "model", "policy")
 
 
-def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Job:
-    """Read and check a command line.
+def prepare(parser: argparse.ArgumentParser, argv: Sequence[str], check: Callable[[argparse.Namespace], None]) -> Job:
+    """Read and check a command line, as far as neither torch nor transformers is needed for it.
+
+    Args:
+        check: of the command's own options.
 
     Raises:
         ValueError: for the first mistake found, in one line.
@@ -141,6 +134,7 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Job:
     ours = list(argv[: argv.index("--")] if "--" in argv else argv)
     theirs = tuple(argv[len(ours) + 1 :])
     args = parser.parse_args(ours)
+    check(args)
     config = MPDFConfig(
         agents=args.agents,
         rounds=args.rounds,
@@ -153,8 +147,9 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Job:
         raise ValueError(f"--max-tokens {args.max_tokens} leaves no room for a prompt in --context {args.context}")
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out}: not a folder")
+    if is_missing(args.model):
+        raise UserError(f"--model {args.model}: cannot load it (no such folder)")
     questions = read_questions(args.questions)[: args.limit]
-    tokenizer = load_tokenizer(args.model)
     serving = Serving(
         args.model, args.device, args.gpus, args.nodes, args.tensor, context=args.context, overrides=theirs
     )
@@ -168,7 +163,7 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Job:
         "asked": hashlib.sha256(repr(questions).encode()).hexdigest()[:16],
         "overrides": list(theirs),
     }
-    return Job(args, team, questions, serving, tokenizer, settings)
+    return Job(args, team, questions, serving, None, settings)
 
 
 def read_prompts(path: Path) -> dict[str, str]:
@@ -188,13 +183,14 @@ def read_questions(files: Iterable[Path]) -> list[Question]:
     Raises:
         ValueError: naming file and row.
     """
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"--questions {path}: no such file")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     found: dict[str, Question] = {}
     for path in files:
-        if not path.is_file():
-            raise ValueError(f"--questions {path}: no such file")
         try:
             table = pq.read_table(path)
         except (OSError, pa.ArrowException) as e:
@@ -228,11 +224,23 @@ def load_policy(name: str | Path) -> Policy:
         return uniform
     if str(name) == "persist":
         return always("persist")
+    check_policy(name)
+    from rema_verl.deliberation.policy import MetaPolicy
+
     return learned(MetaPolicy.load(name))
 
 
-def learned(network: MetaPolicy) -> Policy:
+def check_policy(name: str | Path) -> None:
+    """What can be said of a policy's name without torch."""
+    if str(name) not in ("uniform", "persist") and not Path(name).is_file():
+        raise UserError(f"{name}: no such file")
+
+
+def learned(network: "MetaPolicy") -> Policy:
     """A meta-policy's distributions."""
+    import torch
+
+    from rema_verl.deliberation.policy import collate
 
     def probabilities(states: list[AgentState], progress: float, same: Same) -> list[list[float]]:
         rows = team_features(states, same, progress)
@@ -241,6 +249,13 @@ def learned(network: MetaPolicy) -> Policy:
         return logits.double().softmax(dim=1).tolist()
 
     return probabilities
+
+
+def one_thread() -> None:
+    """torch's: the network is small; and sums in one order."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -253,6 +268,9 @@ def write_text(path: Path, text: str) -> None:
 
 async def each(title: str, items: Sequence[T], work: Callable[[T], Awaitable[None]], at_a_time: int, before: int = 0):
     """``await work(item)`` for every item, some at a time, with a progress bar. The first exception ends it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     console, todo = Console(), iter(items)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
@@ -317,6 +335,8 @@ def visited(deliberation: Deliberation, question: Question, grader: Grader, name
 
 async def collect(job: Job, policy: Policy, client: Client) -> int:
     """Deliberate on what is not in the corpus yet; the number of trajectories whose question was too long."""
+    from rema_verl.deliberation import corpus
+
     folder, seed = job.args.out, job.team.seed
     done = corpus.done_keys(folder)
     todo = [
@@ -364,7 +384,6 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
     """
     settings = json.loads(json.dumps(settings))
     if not path.exists():
-        write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -377,6 +396,10 @@ def check_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def summary(folder: Path, skipped: int) -> str:
     """What the corpus holds, in lines."""
+    import torch
+
+    from rema_verl.deliberation import corpus
+
     table = corpus.read(folder)
     states = corpus.tensors(table)
     best = states.rewards == states.rewards.max(dim=1, keepdim=True).values
@@ -409,18 +432,23 @@ def options() -> argparse.ArgumentParser:
 
 
 def prepare_collect(argv: Sequence[str]) -> tuple[Job, Policy]:
-    job = prepare(options(), argv)
-    name = job.args.policy
-    policy = load_policy(name)
+    job = prepare(options(), argv, lambda args: check_policy(args.policy))
+    name, file = job.args.policy, job.args.out / "settings.json"
     job.settings["policy"] = hashlib.sha256(Path(name).read_bytes()).hexdigest() if Path(name).is_file() else name
+    check_settings(file, job.settings)
+    job.tokenizer = load_tokenizer(job.args.model)
+    policy = load_policy(name)
+    from rema_verl.deliberation import corpus
+
     corpus.done_keys(job.args.out)  # refuses shards of another schema
-    check_settings(job.args.out / "settings.json", job.settings)
+    if not file.exists():
+        write_text(file, json.dumps(job.settings, indent=2) + "\n")
     return job, policy
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    torch.set_num_threads(1)  # the network is small; and sums in one order
     job, policy = or_exit(prepare_collect, list(sys.argv[1:] if argv is None else argv))
+    one_thread()
 
     async def run() -> int:
         async with serve(job.serving, job.tokenizer) as client:

@@ -26,15 +26,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from rema_verl.deliberation import collect, team
-from rema_verl.deliberation.collect import Job, Parser, Question, add_options, load_policy, or_exit, prepare, write_text
-from rema_verl.deliberation.policy import MetaPolicy
+from rema_verl.deliberation.collect import (
+    Job,
+    Question,
+    add_options,
+    check_policy,
+    load_policy,
+    one_thread,
+    or_exit,
+    prepare,
+    write_text,
+)
 from rema_verl.deliberation.protocol import ACTIONS
-from rema_verl.deliberation.serving import Client, serve
+from rema_verl.deliberation.serving import Client, load_tokenizer, serve
 from rema_verl.deliberation.state import LAYOUT
 from rema_verl.deliberation.team import Deliberation, Policy, PromptTooLong
+from rema_verl.errors import Parser, UserError
 
 BASELINES = ("majority", "vanilla", "cot", "self_consistency", "debate")
 RESAMPLES = 10_000
@@ -188,6 +197,10 @@ async def evaluate(job: Job, policies: dict[str, Policy], client: Client) -> dic
 
 async def timing(job: Job, client: Client) -> dict[str, float]:
     """Seconds of the meta-policy for 1,000 states, and of one LLM call with nothing else in flight; medians."""
+    import torch
+
+    from rema_verl.deliberation.policy import MetaPolicy
+
     network = MetaPolicy().eval()
     own = torch.rand(STATES, len(LAYOUT))
     peers = torch.rand(STATES, job.team.agents - 1, len(LAYOUT))
@@ -306,19 +319,25 @@ def options() -> Parser:
     return parser
 
 
+def check_policies(args) -> None:
+    """Names and files of --policy."""
+    names: list[str] = [*BASELINES]
+    for name, file in args.policy:
+        if name in names:
+            raise UserError(f"--policy {name}={file}: the name {name!r} is taken")
+        check_policy(file)
+        names.append(name)
+
+
 def prepare_evaluate(argv: Sequence[str]) -> tuple[Job, dict[str, Policy]]:
-    job = prepare(options(), argv)
-    policies: dict[str, Policy] = {}
-    for name, file in job.args.policy:
-        if name in policies or name in BASELINES:
-            raise ValueError(f"--policy {name}={file}: the name {name!r} is taken")
-        policies[name] = load_policy(file)
-    return job, policies
+    job = prepare(options(), argv, check_policies)
+    job.tokenizer = load_tokenizer(job.args.model)
+    return job, {name: load_policy(file) for name, file in job.args.policy}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    torch.set_num_threads(1)  # the network is small; and sums in one order
     job, policies = or_exit(prepare_evaluate, list(sys.argv[1:] if argv is None else argv))
+    one_thread()
 
     async def run() -> str:
         async with serve(job.serving, job.tokenizer) as client:

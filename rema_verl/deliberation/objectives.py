@@ -25,8 +25,6 @@ from torch import Tensor
 from rema_verl.algorithms.softrankpo import rank_matching_loss, softrank_advantage
 from rema_verl.deliberation.protocol import ACTIONS
 
-STAGES = ("supervised", "softrankpo", "expected", "grpo", "ppo")
-
 
 def best_actions(rewards: Tensor) -> Tensor:
     """(B, K) rewards -> (B, K) target distribution: even over the best actions.

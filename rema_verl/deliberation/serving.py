@@ -16,9 +16,10 @@ from typing import Any
 
 from rema_verl.deliberation.team import PromptTooLong, Reply
 from rema_verl.dialogue import neutralise
+from rema_verl.errors import UserError
 
 
-class ServingError(ValueError):
+class ServingError(UserError):
     """A mistake the user can fix, found before a model is loaded. The message is one line."""
 
 
@@ -40,10 +41,7 @@ class Serving:
         Raises:
             ServingError: an option that verl does not know.
         """
-        import verl  # noqa: F401  (loads the plug-in, which adds rema_verl.config to Hydra's search path)
-        from hydra import compose, initialize_config_module
-        from hydra.errors import HydraException
-        from omegaconf.errors import OmegaConfBaseException
+        from rema_verl.config.composing import compose
 
         cpu = self.device == "cpu"
         rollout = "actor_rollout_ref.rollout"
@@ -63,10 +61,9 @@ class Serving:
             *self.overrides,
         ]
         try:
-            with initialize_config_module("verl.trainer.config", version_base=None):
-                return compose("rema_trainer", options)
-        except (HydraException, OmegaConfBaseException) as e:
-            raise ServingError(f"verl's options: {' '.join(str(e).split())[:300]}") from None
+            return compose("rema_trainer", options)
+        except UserError as e:
+            raise ServingError(f"verl's options: {e}") from None
 
 
 def load_tokenizer(model: str, where: str = "--model "):

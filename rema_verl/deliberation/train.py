@@ -13,21 +13,23 @@ import hashlib
 import json
 import os
 import platform
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
-
-import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from typing import TYPE_CHECKING
 
 from rema_verl import __version__
-from rema_verl.deliberation import corpus, objectives
-from rema_verl.deliberation.corpus import States
-from rema_verl.deliberation.policy import MetaPolicy
 from rema_verl.deliberation.protocol import ACTIONS
 from rema_verl.deliberation.state import SCHEMA
+from rema_verl.errors import Parser, UserError, die
+
+if TYPE_CHECKING:  # torch is imported when the command line is right
+    import torch
+
+    from rema_verl.deliberation.corpus import States
+    from rema_verl.deliberation.policy import MetaPolicy
+
+STAGES = ("supervised", "softrankpo", "expected", "grpo", "ppo")
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Options:
     clip: float = 0.2  # grpo and ppo
 
     def __post_init__(self) -> None:
-        if self.stage not in objectives.STAGES:
-            raise ValueError(f"stage {self.stage!r} is none of {', '.join(objectives.STAGES)}")
+        if self.stage not in STAGES:
+            raise ValueError(f"stage {self.stage!r} is none of {', '.join(STAGES)}")
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -60,7 +62,7 @@ class Options:
 
 
 def train(
-    policy: MetaPolicy, states: States, options: Options, on_epoch: Callable[[float], None] = lambda loss: None
+    policy: "MetaPolicy", states: "States", options: Options, on_epoch: Callable[[float], None] = lambda loss: None
 ) -> list[float]:
     """Train ``policy`` in place; what it is at the beginning is pi_ref.
 
@@ -70,6 +72,11 @@ def train(
     Returns:
         The mean losses of the epochs.
     """
+    import torch
+
+    from rema_verl.deliberation import objectives
+    from rema_verl.deliberation.policy import MetaPolicy
+
     generator = torch.Generator().manual_seed(options.seed)
     reference = copy.deepcopy(policy).eval()
     value = MetaPolicy(policy.hidden, policy.heads, outputs=1, seed=options.seed) if options.stage == "ppo" else None
@@ -124,8 +131,10 @@ def train(
     return losses
 
 
-def _target(rewards: torch.Tensor, options: Options) -> torch.Tensor:
+def _target(rewards: "torch.Tensor", options: Options) -> "torch.Tensor":
     """(B, K): what the stage makes of the rewards."""
+    from rema_verl.deliberation import objectives
+
     if options.stage == "supervised":
         return objectives.best_actions(rewards)
     if options.stage in ("softrankpo", "expected"):
@@ -133,33 +142,24 @@ def _target(rewards: torch.Tensor, options: Options) -> torch.Tensor:
     return objectives.standard_advantages(rewards) if options.stage == "grpo" else rewards.float()
 
 
-@torch.no_grad()
-def evaluate(policy: MetaPolicy, states: States) -> dict[str, float]:
+def evaluate(policy: "MetaPolicy", states: "States") -> dict[str, float]:
     """:func:`objectives.scores` of the policy on these states."""
-    return objectives.scores(policy(states.own, states.peers, states.mask), states.rewards)
+    import torch
+
+    from rema_verl.deliberation import objectives
+
+    with torch.no_grad():
+        return objectives.scores(policy(states.own, states.peers, states.mask), states.rewards)
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
-
-
-def die(message: str) -> NoReturn:
-    """One line on stderr, exit code 2."""
-    print(f"rema-verl: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse without its usage block: a wrong option is one line like every other mistake."""
-
-    def error(self, message: str) -> NoReturn:
-        die(f"{message} (see --help)")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser("python -m rema_verl.deliberation.train", description=__doc__.split("\n\n")[0])
     parser.add_argument("--corpus", required=True, type=Path, help="folder that collect wrote")
     parser.add_argument("--out", required=True, type=Path, help="the meta-policy to write, *.safetensors")
-    parser.add_argument("--stage", required=True, choices=objectives.STAGES)
+    parser.add_argument("--stage", required=True, choices=STAGES)
     parser.add_argument("--init", type=Path, help="meta-policy to start from; stage 2 needs stage 1's")
     parser.add_argument("--hidden", type=int, default=64, help="width of a new meta-policy (%(default)s)")
     parser.add_argument("--heads", type=int, default=4, help="attention heads of a new meta-policy (%(default)s)")
@@ -176,7 +176,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Options, MetaPolicy, States, torch.Tensor, dict]:
+def prepare(args: argparse.Namespace) -> "tuple[Options, MetaPolicy, States, torch.Tensor, dict]":
     """Everything that a user can get wrong: options, corpus, the file to start from, the place of the output.
 
     Raises:
@@ -189,9 +189,16 @@ def prepare(args: argparse.Namespace) -> tuple[Options, MetaPolicy, States, torc
         raise ValueError(f"--out {args.out}: expected the name of a file that ends in .safetensors")
     if args.init is None and args.stage != "supervised":
         raise ValueError(f"--stage {args.stage} starts from the supervised meta-policy: pass it as --init")
-    policy = MetaPolicy(args.hidden, args.heads, seed=args.seed) if args.init is None else MetaPolicy.load(args.init)
+    if args.init is not None and not args.init.is_file():
+        raise UserError(f"{args.init}: no such file")
     if not args.corpus.is_dir():
-        raise ValueError(f"--corpus {args.corpus}: no such folder")
+        raise UserError(f"--corpus {args.corpus}: no such folder")
+    if not any(args.corpus.glob("part-*.parquet")):
+        raise UserError(f"{args.corpus}: an empty corpus (no part-*.parquet in it): collect states first")
+    from rema_verl.deliberation import corpus
+    from rema_verl.deliberation.policy import MetaPolicy
+
+    policy = MetaPolicy(args.hidden, args.heads, seed=args.seed) if args.init is None else MetaPolicy.load(args.init)
     table = corpus.read(args.corpus)
     states, held_out = corpus.tensors(table), corpus.held_out(table, args.held_out)
     if held_out.all():
@@ -214,11 +221,14 @@ def prepare(args: argparse.Namespace) -> tuple[Options, MetaPolicy, States, torc
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
     try:
+        args = parse(argv)
         options, policy, states, held_out, account = prepare(args)
     except ValueError as e:
-        die(str(e))
+        die(e)
+    import torch
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     init = None if args.init is None else {"path": str(args.init), "sha256": _sha256(args.init)}
     parts = {"train": states.take(~held_out)}
     if held_out.any():

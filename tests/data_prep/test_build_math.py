@@ -445,7 +445,7 @@ def test_full_disk_leaves_earlier_outputs(fails, build, val, tmp_path, monkeypat
             raise OSError(28, "No space left on device")
         original(table, path)
 
-    monkeypatch.setattr(_common.pq, "write_table", write_table)
+    monkeypatch.setattr(pq, "write_table", write_table)
     assert "No space left on device" in fails("--source", source, "--val-source", val, "--limit", "2")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == OUTPUTS
 

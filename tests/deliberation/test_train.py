@@ -10,10 +10,10 @@ import simulator
 import torch
 from safetensors.torch import save_file
 
-from rema_verl.deliberation import corpus, objectives
+from rema_verl.deliberation import corpus
 from rema_verl.deliberation.policy import HEADER, MetaPolicy
 from rema_verl.deliberation.state import SCHEMA
-from rema_verl.deliberation.train import Options, main, train
+from rema_verl.deliberation.train import STAGES, Options, main, train
 
 QUICK = ["--epochs", "3", "--hidden", "16", "--held-out", "0.2"]
 
@@ -67,7 +67,7 @@ def test_the_same_seed_gives_the_same_weights(folder, supervised, tmp_path):
         assert written[0] == written[1] != written[2]
 
 
-@pytest.mark.parametrize("stage", objectives.STAGES)
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_learns_what_always_pays(stage):
     """Refine pays 1 in every state, the others 0 or less."""
     g = torch.Generator().manual_seed(0)
