@@ -1,15 +1,19 @@
 """A user's mistakes: one line that names the file, row or key, exit code 2, before anything is started."""
 
+import importlib
 import subprocess
 import sys
+from importlib import metadata
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_tokenizer
+from conftest import REPO, make_tokenizer
 from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
 
-from rema_verl import checks
+from rema_verl import checks, plugin
+from rema_verl.config import composing
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +265,63 @@ def test_unusable_tokenizer(config, tmp_path, missing):
     tokenizer.save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match="no chat template" if missing == "chat_template" else "no eos token"):
         checks.check(config(f"actor_rollout_ref.model.path={tmp_path}/model"))
+
+
+# --- before verl ---------------------------------------------------------------------------------------------------
+
+CONFIGURATIONS = {
+    "rema_trainer": ["+setting=multi_turn", "+device=cpu", "data.train_files=[a.parquet,b.parquet]", "+x.y=1e-6"],
+    "mpdf_trainer": ["mpdf.tau=0.8", "~trainer.logger", "trainer.experiment_name='a=b, ${data.seed}'"],
+    "sft_trainer_engine": ["+setting=cold_start", "optim.lr=2e-3"],
+}
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_composing_without_verl_gives_what_verl_composes(name):
+    import verl  # noqa: F401  (loads the plug-in, as verl's entry point does)
+
+    overrides = CONFIGURATIONS[name]
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        expected = compose(name, overrides)
+    assert OmegaConf.to_yaml(composing.compose(name, overrides)) == OmegaConf.to_yaml(expected)
+
+
+def test_composing_without_verl_gives_what_verls_entry_point_runs(tmp_path):
+    overrides = CONFIGURATIONS["rema_trainer"]
+    command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-name", "rema_trainer", *overrides]
+    shown = subprocess.run([*command, "--cfg", "job"], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    shown = shown[shown.index("\nactor_rollout_ref:") :]
+    assert OmegaConf.create(shown) == composing.compose("rema_trainer", overrides)
+
+
+def test_names_that_verl_registers_are_found_in_its_sources(config):
+    """Or a right name would be refused before verl is asked."""
+    for key, (module, attribute, _, filler) in checks.REGISTRIES.items():
+        importlib.import_module(filler)
+        for name in getattr(importlib.import_module(module), attribute):
+            checks.check_written(config(f"{key}={name}"))
+
+
+def test_another_plug_ins_names_are_left_to_verls_registries(config, monkeypatch):
+    wrong = config("algorithm.adv_estimator=theirs")
+    with pytest.raises(ValueError, match="theirs is not a registered name"):
+        checks.check_written(wrong)
+    theirs = metadata.EntryPoint("theirs", "their_package", "verl.plugins")
+    monkeypatch.setattr(checks.metadata, "entry_points", lambda group: [theirs])
+    checks.check_written(wrong)
+
+
+def test_the_table_of_contents_can_be_read_without_its_import():
+    assert checks.constant(REPO / "rema_verl" / "plugin.py", "CONTENTS") == plugin.CONTENTS
+    assert checks.constant(REPO / "rema_verl" / "plugin.py", "TESTED_VERL") == plugin.TESTED_VERL
+
+
+@pytest.mark.parametrize(("key", "value"), [("data.train_batch_size", "four"), ("trainer.nnodes", "0.5")])
+def test_sizes_are_whole_numbers(config, key, value):
+    with pytest.raises(ValueError, match=f"{key} must be a whole number, got"):
+        checks.check(config(f"{key}={value}"))
+    with pytest.raises(ValueError, match=f"{key} must be at least 1, got 0"):
+        checks.check(config(f"{key}=0"))
 
 
 def test_stock_entry_point_exits_2_with_one_line(tmp_path):

@@ -3,12 +3,14 @@
 The numbers in this file are typed from ReMA (NeurIPS-25), its appendix on settings and, where said, the authors' code.
 """
 
+import argparse
 import functools
 import importlib
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -477,6 +479,63 @@ def test_smoke_without_data_makes_synthetic_rows_with_the_recipes_own_command(re
         assert (rows[0]["prompt"][0]["role"] == "system") == ("_rl_" in recipe)
         assert rows[0]["reward_model"]["style"] == ("verdict" if "judge" in recipe else "rule")
         assert all(row["data_source"].startswith("synthetic_") for row in rows)
+
+
+def test_smoke_inputs_are_made_again_where_something_changed_only(tmp_path, monkeypatch):
+    """Made once; then only looked at, without torch and verl, also from another folder."""
+    recipe, cache = "rema_qwen25_7b_mini133_t256", tmp_path / "cache"
+    monkeypatch.setenv("REMA_SMOKE_CACHE", str(cache))
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    made = build_inputs(recipe, first, monkeypatch)
+
+    def again(folder: Path, *more: str) -> tuple[str, set[str]]:
+        lines = [line for line in overrides_of(recipe) if not line.startswith("hydra.")]
+        (folder / "recipe.txt").write_text("\n".join([*lines, f"trainer.default_local_dir={folder}", *more]))
+        command = shlex.join(["python", *shlex.split(header(recipe)["Data"].split(" (")[0].removeprefix("python "))])
+        arguments = ["--overrides", folder / "recipe.txt", "--data", command, "--out", folder, "--steps", "1"]
+        done = subprocess.run(
+            [sys.executable, "-X", "importtime", REPO / "data_prep/build_smoke.py", *arguments],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stdout, {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+
+    before = (first / "model/model.safetensors").stat().st_mtime_ns
+    for folder in (first, second):
+        said, imported = again(folder)
+        assert said.endswith(" already\n") and not imported & {"torch", "verl", "transformers", "hydra"}
+        assert json.loads((folder / "manifest.json").read_text()) == made
+        assert f"++actor_rollout_ref.model.path={folder}/model\n" in (folder / "overrides.txt").read_text()
+    assert (first / "model/model.safetensors").stat().st_mtime_ns == before
+
+    weights = (first / "model/model.safetensors").read_bytes()
+    (second / "model/model.safetensors").write_bytes(b"half of it")
+    shutil.rmtree(cache)
+    assert again(second)[0].startswith("MATH in verl's format")  # damaged: made again, the same
+    assert (second / "model/model.safetensors").read_bytes() == weights
+    assert again(second, "rema.finish_flag='[END]'")[0].startswith("MATH in verl's format")
+
+
+def test_fingerprint_of_smoke_inputs_follows_contents(tmp_path):
+    build_smoke = importlib.import_module("build_smoke")
+    file, other = tmp_path / "train.parquet", tmp_path / "elsewhere" / "train.parquet"
+    other.parent.mkdir()
+    args = {"data": "", "train": None, "val": None, "settings": [], "config": "rema_trainer"}
+    args |= {"rows": 8, "steps": 1, "seed": 0}
+
+    def key(*overrides: str, **changed) -> str:
+        return build_smoke.fingerprint(argparse.Namespace(**args | changed), list(overrides))
+
+    files = [f"data.train_files={file}", f"data.train_files=[{other}]"]
+    file.write_text("a"), other.write_text("a")
+    assert key(files[0]) == key(files[1]) == key(files[0], "trainer.nnodes=2") != key()
+    other.write_text("b")
+    assert len({key(files[0]), key(files[1]), key(files[0], "rema.plan=json"), key(files[0], seed=1)}) == 4
+    commands = [f"python data_prep/build_math.py {option}--out {out}" for option in ("", "--mini ") for out in "xy"]
+    assert len({key(data=command) for command in commands}) == 2
 
 
 def test_recipe_without_data_says_so(tmp_path):
