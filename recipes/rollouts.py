@@ -486,7 +486,7 @@ def check_job(job: Job) -> None:
     models = [model for model in (job.model, job.reasoning_model) if model]
     for model in models:
         locate(model)
-    if job.overrides:
+    if job.overrides and not (job.folder / "settings.json").exists():  # else they are compared with those there
         configuration(job, models)
 
 

@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from rema_verl.errors import Parser, UserError, complain
+from rema_verl.errors import Parser, UserError, complain, die
 
 
 def parser(doctoring: bool = True) -> argparse.ArgumentParser:
@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parser(doctoring=words[:1] == ["doctor"]).parse_args(words)
     except UserError as e:
-        complain(e)
-        return 2
+        die(e)
     try:
         if args.command == "doctor":
             return _doctor().main(args)

@@ -392,7 +392,9 @@ def test_a_mistyped_option_does_not_spoil_the_folder(run, verl, monkeypatch, tmp
 
     fine = rollouts.find_too_long
     monkeypatch.setattr(rollouts, "find_too_long", refuse)
-    code, _, error = run("--", "a.typo=1")
+    code, _, error = run("--", "a.typo=1")  # seen before there is a folder
+    assert code == 2 and "Could not override 'a.typo'" in error and not (tmp_path / "out").exists()
+    code, _, error = run("--", "rema.seed=1")  # refused later
     assert code == 2 and error == "error: verl's options: no such key\n"
     (tmp_path / "out" / "model").mkdir()  # merged from another checkpoint
     monkeypatch.setattr(rollouts, "find_too_long", fine)

@@ -241,7 +241,7 @@ class ReMAConfig:
                     )
         if self.task == "judge" and self.plan == "json":
             raise ValueError("rema.plan=json is for rema.task=math")
-        if len(self.finish_flag.strip()) < 2:
+        if not isinstance(self.finish_flag, str) or len(self.finish_flag.strip()) < 2:
             raise ValueError(f"rema.finish_flag must have at least two visible characters, got {self.finish_flag!r}")
         if self.grading_timeout <= 0:
             raise ValueError(f"rema.grading_timeout must be positive, got {self.grading_timeout}")
