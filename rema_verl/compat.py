@@ -23,6 +23,7 @@ def apply() -> None:
     weight_sync_socket()
     standalone_rollout_log()
     engine_span()
+    fork_server()
 
 
 def process_group_backend() -> None:
@@ -194,3 +195,26 @@ def engine_span() -> None:
         module.vLLMHttpServer.generate = generate
 
     wrapt.register_post_import_hook(add, "verl.workers.rollout.vllm_rollout.vllm_async_server")
+
+
+def fork_server() -> None:
+    """Where ``trainer.device`` is ``cpu``, a run's workers are forked: see :mod:`rema_verl.platforms.forkserver`.
+
+    No diff: Ray has the field ``py_executable`` for it; verl has no hook between the configuration and ``ray.init``.
+    """
+
+    def add(module) -> None:
+        original = module.validate_config
+
+        @functools.wraps(original)
+        def validate_config(config, *args, **kwargs):
+            result = original(config, *args, **kwargs)
+            if config.trainer.get("device") == "cpu":
+                from rema_verl.platforms import forkserver
+
+                forkserver.use_in(config)
+            return result
+
+        module.validate_config = validate_config
+
+    wrapt.register_post_import_hook(add, "verl.utils.config")

@@ -1,8 +1,11 @@
 """vLLM's CPU build as verl's rollout engine: the same name (``vllm``), another weight-sync extension."""
 
+import multiprocessing
+import os
+
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-from rema_verl.platforms import cpu
+from rema_verl.platforms import cpu, forkserver
 
 
 def _load() -> type:
@@ -10,6 +13,11 @@ def _load() -> type:
     from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 
     class CPUvLLMHttpServer(vLLMHttpServer):
+        async def launch_server(self, *args, **kwargs):
+            if stand_in := os.environ.get(forkserver.STAND_IN):  # vLLM spawns its engine: let that be a fork as well
+                multiprocessing.set_executable(stand_in)
+            return await super().launch_server(*args, **kwargs)
+
         def _get_worker_extension_cls(self) -> str:
             return "rema_verl.platforms.vllm_cpu_worker.CPUWorkerExtension"
 
