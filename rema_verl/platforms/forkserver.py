@@ -212,6 +212,10 @@ def become(request: dict, files: list[int], ours: list[int]) -> None:
             os.dup2(fd, number, inheritable=True)
             os.close(fd)
         os.chdir(request["cwd"])
+        if request["argv"][0] == "-c":
+            # vLLM titles its processes; where a title goes can be found only while the environment is still there
+            with contextlib.suppress(ImportError):
+                importlib.import_module("setproctitle").getproctitle()
         threads = os.environ.get("OMP_NUM_THREADS", "")
         os.environ.clear()
         os.environ.update(request["env"])
