@@ -9,6 +9,7 @@ import importlib.metadata
 import logging
 import os
 import time
+import warnings
 
 import wrapt
 
@@ -23,7 +24,9 @@ def apply() -> None:
     weight_sync_socket()
     standalone_rollout_log()
     engine_span()
+    continuous_token_family()
     fork_server()
+    expected_warnings()
 
 
 def process_group_backend() -> None:
@@ -197,6 +200,33 @@ def engine_span() -> None:
     wrapt.register_post_import_hook(add, "verl.workers.rollout.vllm_rollout.vllm_async_server")
 
 
+def continuous_token_family() -> None:
+    """patches/continuous_token_family.diff: what a model type means is found out, and warned about, once a process.
+
+    verl asks for it in each agent loop, of which there is one a trajectory, and logs a warning where the answer is its
+    default builder.
+    """
+
+    def add(module) -> None:
+        module.infer_continuous_token_model_family = functools.cache(module.infer_continuous_token_model_family)
+
+    wrapt.register_post_import_hook(add, "verl.utils.tokenizer.continuous_token_wiring")
+
+
+# Python warnings of every launch that say nothing about it: the beginning of the message (a regular expression).
+EXPECTED_WARNINGS = (
+    r"\w+ engine is not available",  # verl lists the optional engines that are not installed; one that is chosen raises
+    "Disabled critic as algorithm.adv_estimator",  # three times, for every estimator but gae
+    "'set_vital' is deprecated",  # torchdata calls torch's deprecated function
+)
+
+
+def expected_warnings() -> None:
+    """No diff: the warnings above are right, and of no use to who starts a run."""
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+
+
 def fork_server() -> None:
     """Where ``trainer.device`` is ``cpu``, a run's workers are forked: see :mod:`rema_verl.platforms.forkserver`.
 
@@ -209,10 +239,9 @@ def fork_server() -> None:
         @functools.wraps(original)
         def validate_config(config, *args, **kwargs):
             result = original(config, *args, **kwargs)
-            if config.trainer.get("device") == "cpu":
-                from rema_verl.platforms import forkserver
+            from rema_verl.platforms import forkserver
 
-                forkserver.use_in(config)
+            forkserver.use_in(config)
             return result
 
         module.validate_config = validate_config

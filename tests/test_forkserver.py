@@ -14,10 +14,16 @@ import pytest
 from rema_verl.platforms import forkserver
 
 PRELOADED = "wave"  # a module nothing else here imports
+LOUD = "import logging; logging.basicConfig(level=logging.WARNING)\n"
+HUSHING = "import logging; logging.root.setLevel(logging.ERROR); logging.root.handlers[0].setLevel(logging.ERROR)\n"
 SCRIPT = """
 import os, signal, sys
 what, *rest = sys.argv[1:]
 print({module!r} in sys.modules, os.getcwd(), os.environ.get("OWN"), rest, sys.stdin.read(), flush=True)
+if what == "warn":
+    import logging
+    logging.getLogger("verl").warning("heard")
+    what = 0
 if what == "raise":
     raise ValueError("as asked")
 if what == "kill":
@@ -33,6 +39,8 @@ sys.exit(int(what))
 @pytest.fixture
 def server(tmp_path):
     """(stand-in's command, driver): a server that preloads one small module, for a driver that waits."""
+    (tmp_path / "loud.py").write_text(LOUD)
+    (tmp_path / "hushing.py").write_text(HUSHING)
     folder = tmp_path / "server"
     folder.mkdir()
     driver = subprocess.Popen(["sleep", "120"])
@@ -40,7 +48,8 @@ def server(tmp_path):
         listener.bind(str(folder / "socket"))
         listener.listen(8)
         code = (
-            f"from rema_verl.platforms import forkserver; forkserver.PRELOAD = [{PRELOADED!r}]; "
+            f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from rema_verl.platforms import forkserver; "
+            f"forkserver.PRELOAD = ['loud', 'hushing', {PRELOADED!r}]; "
             f"forkserver.serve({listener.fileno()}, {driver.pid}, {str(folder)!r})"
         )
         process = subprocess.Popen([sys.executable, "-c", code], pass_fds=[listener.fileno()])
@@ -70,6 +79,7 @@ def test_a_fork_has_the_arguments_folder_environment_files_and_exit_code_of_its_
     assert run(server, tmp_path, "0").returncode == 0  # and the next, from the same server
     raised = run(server, tmp_path, "raise")
     assert raised.returncode == 1 and "ValueError: as asked" in raised.stderr
+    assert run(server, tmp_path, "warn").stderr == "WARNING:verl:heard\n"  # whatever a preloaded module did to logging
     assert run(server, tmp_path, "kill").returncode == -signal.SIGKILL
 
 

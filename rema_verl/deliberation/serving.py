@@ -166,8 +166,10 @@ async def serve(options: Serving, tokenizer) -> AsyncIterator[Client]:
     from verl.workers.rollout.llm_server import LLMServerManager
 
     from rema_verl.agent_loops.rema import control_strings
+    from rema_verl.platforms import forkserver
 
     config = options.compose()
+    forkserver.use_in(config)
     given = OmegaConf.to_container(config.ray_kwargs.get("ray_init") or OmegaConf.create({}), resolve=True)
     runtime = OmegaConf.merge(get_ppo_ray_runtime_env(config), given.pop("runtime_env", {}))
     ray.init(

@@ -21,6 +21,7 @@ import fcntl
 import gc
 import importlib
 import json
+import logging
 import os
 import re
 import selectors
@@ -36,6 +37,7 @@ SWITCH = "REMA_FORKSERVER"
 STAND_IN = "REMA_FORKSERVER_PYTHON"  # its path, in the environment of a fork
 # What verl's, Ray's and vLLM's processes on CPU import, in the order of their need.
 PRELOAD = (
+    "verl",
     "verl.trainer.ppo.v1",
     "ray._private.workers.default_worker",
     "transfer_queue",
@@ -262,8 +264,13 @@ def serve(listener_fd: int, driver: int, folder: str) -> None:
         folder: of the run's socket; removed at the end.
     """
     mine = read_at_import(dict(os.environ))  # before imports that change it
-    for module in PRELOAD:
+    importlib.import_module(PRELOAD[0])
+    level, levels = logging.root.level, {handler: handler.level for handler in logging.root.handlers}
+    for module in PRELOAD[1:]:
         importlib.import_module(module)
+    logging.root.setLevel(level)  # verl's server module sets all of a process to ERROR, which is for its own
+    for handler in logging.root.handlers:
+        handler.setLevel(levels.get(handler, handler.level))
     gc.collect()
     gc.freeze()  # what is loaded stays: its pages are shared for longer if no collection touches them
 
@@ -327,20 +334,20 @@ def serve(listener_fd: int, driver: int, folder: str) -> None:
 
 
 def use_in(config) -> None:
-    """Start a server for the Ray cluster that verl is about to start, and have its workers forked.
+    """Have the workers of the Ray cluster that is about to be started forked, where ``trainer.device`` is ``cpu``.
 
     Args:
         config: verl's whole configuration; ``ray_kwargs.ray_init.runtime_env.py_executable`` is set, unless the user
             has set it.
     """
+    if config.trainer.device != "cpu" or os.environ.get(SWITCH) == "0":
+        return
     import atexit
 
     import ray
     from omegaconf import OmegaConf, open_dict
     from ray._private.utils import read_ray_address
 
-    if os.environ.get(SWITCH) == "0":
-        return
     init = config.ray_kwargs.get("ray_init") or {}
     runtime_env = OmegaConf.to_container(OmegaConf.create(init.get("runtime_env") or {}), resolve=True)
     theirs = ray.is_initialized() or init.get("address") or os.environ.get("RAY_ADDRESS") or read_ray_address()
