@@ -23,7 +23,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rema_verl.config import ReMAConfig, mpdf, role_config
+from rema_verl.config import ReMAConfig, RoleConfig, mpdf, role_config
 from rema_verl.dialogue import META_THINKING, ROLES, Dialogue
 from rema_verl.errors import Parser, UserError, die
 
@@ -146,8 +146,11 @@ def check_settings(config: DictConfig) -> None:
 def check_files(config: DictConfig) -> None:
     """Data and models that are named by a path are there, and every row has what a run needs of it."""
     files = [(f"data.{key}", path) for key in ("train_files", "val_files") for path in files_of(config, key)]
-    for own, key in models_of(config):
-        check_folder(own.actor_rollout_ref.model, key)
+    separate = config.trainer.v1.trainer_mode == "rema_separate"
+    for role, own in ReMAConfig.of(config).roles.items() if separate else [("", RoleConfig())]:
+        model = OmegaConf.merge(config.actor_rollout_ref.model, own.overrides.get("model") or {})
+        model.path = own.model_path or model.path
+        check_folder(model, f"rema.roles.{role}.model_path" if own.model_path else "actor_rollout_ref.model.path")
     for key, path in files:
         check_rows(path, key, config.data.prompt_key)
 
@@ -176,7 +179,7 @@ def models_of(config: DictConfig) -> list[tuple[DictConfig, str]]:
 
 def check_folder(model: DictConfig, path_key: str) -> None:
     """A model, and a tokenizer of its own, is there where it is named by a path."""
-    tokenizer_key = path_key.replace("model.path", "model.tokenizer_path")
+    tokenizer_key = "model.tokenizer_path" if path_key == "model.path" else "actor_rollout_ref.model.tokenizer_path"
     for key, path in ((tokenizer_key, model.get("tokenizer_path")), (path_key, model.path)):
         if path and is_missing(str(path)):
             raise ConfigError(f"{key}={path}: cannot load the tokenizer (no such folder)")
@@ -505,7 +508,7 @@ def check_tokenizer(config: DictConfig, rema: ReMAConfig, path_key: str) -> None
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Compose and check a run's configuration as its command line has it; a mistake is one line and exit code 2."""
-    gc.disable()  # a second's work that frees nothing
+    gc.disable()  # a second's work that leaves nothing behind
     try:
         if args := command_line(sys.argv[1:] if argv is None else argv):
             from rema_verl.config.composing import compose

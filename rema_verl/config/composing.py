@@ -2,6 +2,7 @@
 imported, so that a mistake in it costs no more than that.
 """
 
+import gc
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ def compose(name: str, overrides: Sequence[str]) -> DictConfig:
     from rema_verl.config import searchpath  # noqa: F401  (adds this folder to Hydra's search path)
 
     GlobalHydra.instance().clear()
-    plain = yaml.SafeLoader
+    plain, collecting = yaml.SafeLoader, gc.isenabled()
+    gc.disable()  # nothing of this is garbage before it is done
     try:
         # OmegaConf derives its loader from this name. libyaml's gives the same, several times faster.
         yaml.SafeLoader = getattr(yaml, "CSafeLoader", plain)
@@ -52,6 +54,8 @@ def compose(name: str, overrides: Sequence[str]) -> DictConfig:
         raise UserError(one_line(e)) from None
     finally:
         yaml.SafeLoader = plain
+        if collecting:
+            gc.enable()
 
 
 def one_line(error: Exception) -> str:

@@ -149,11 +149,12 @@ def prepare(parser: argparse.ArgumentParser, argv: Sequence[str], check: Callabl
         raise ValueError(f"--out {args.out}: not a folder")
     if is_missing(args.model):
         raise UserError(f"--model {args.model}: cannot load it (no such folder)")
-    questions = read_questions(args.questions)[: args.limit]
     serving = Serving(
         args.model, args.device, args.gpus, args.nodes, args.tensor, context=args.context, overrides=theirs
     )
-    serving.compose()
+    if theirs:
+        serving.compose()
+    questions = read_questions(args.questions)[: args.limit]
     team = Team(config.agents, config.rounds, args.temperature, args.max_tokens, args.seed, config.texts)
     settings = {key: value for key, value in vars(args).items() if key not in MACHINE}
     settings |= {
