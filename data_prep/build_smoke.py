@@ -393,6 +393,9 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = build_tokenizer(["\n".join(m["content"] for m in chat) for chat in chats], vocabulary=1024)
     model = build_model(tokenizer, out / "model", args.seed, hidden=128, layers=2, tie=True)
     if not supervised:
+        import torch
+
+        torch.set_num_threads(1)  # a second one only waits, at full load; the weights are the same
         loss = fit(model, tokenizer, chats, args.steps, batch=8, rng=rng)
         model.save_pretrained(out / "model")
     manifest = {
