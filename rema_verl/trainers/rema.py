@@ -2,7 +2,8 @@
 
 verl's synchronous trainer does the work. What is added, in the order of a step:
 
-1. ``_balance_batch``         count trajectories that did not arrive; keep the rows of the roles that learn
+1. ``_balance_batch``         count trajectories that did not arrive; keep the rows of the roles that learn, in a fair
+                               order
 2. ``_compute_old_log_prob``  entropy per role
 3. ``_compute_advantage``     give each row its own role's reward back, and group by (prompt, role)
 4. ``_update_actor``          count mini-batches in rows, and report what was clipped, per role and per turn
@@ -39,6 +40,7 @@ from rema_verl.config import ReMAConfig
 from rema_verl.dialogue import INVALID, JSON_ACTIONS, ROLES, StopReason
 from rema_verl.report.recorder import Recorder, note_turns, note_update
 from rema_verl.trainers.losses import role_ppo_loss, take_turns
+from rema_verl.trainers.order import fair_order
 from rema_verl.trainers.watchdog import PREFIX, Watchdog, root_cause
 
 logger = logging.getLogger(__name__)
@@ -111,8 +113,7 @@ class ReMATrainer(PPOTrainerSync):
                 "step %d: %d trajectories failed, %d were skipped (question longer than data.max_prompt_length)",
                 self.global_steps, failed, skipped,
             )  # fmt: skip
-        if self.rema.seed is not None:  # not as they arrived
-            batch = batch.select_keys(sorted(batch.keys))
+        batch = batch.select_keys(sorted(batch.keys))  # not as they arrived
         fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"])
         self.rows = dict(zip(batch.keys, _column(fields, "extra_fields"), strict=True))
         learning = self._rows_of(self.learning, batch)
@@ -122,7 +123,15 @@ class ReMATrainer(PPOTrainerSync):
                 f"{PREFIX} step {self.global_steps}: {' and '.join(self.learning)} did not say a word in any dialogue "
                 f"(rows by stop reason: {dict(stops)}): there is nothing to learn from; {self.resume_hint()}"
             )
-        return super()._balance_batch(learning, metrics, **kwargs)
+        return self._share_out(learning, metrics, **kwargs)
+
+    def _share_out(self, batch: KVBatchMeta, metrics: dict, **kwargs) -> KVBatchMeta:
+        """Rows for the workers: verl's padding and balance of work, in an order that is fair to every mini-batch."""
+        batch = super()._balance_batch(batch, metrics, **kwargs)
+        workers = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+        seed = self.config.data.get("seed") if self.rema.seed is None else self.rema.seed
+        batch.reorder(fair_order(len(batch), workers, (seed, self.global_steps)))
+        return batch
 
     def _rows_of(self, roles: tuple[str, ...], batch: KVBatchMeta) -> KVBatchMeta:
         """The rows of ``batch`` that these roles spoke in."""

@@ -197,7 +197,7 @@ class SeparateTrainer(ReMATrainer):
         for role in others:  # switch.level=none
             with self.playing(role):
                 own = {}
-                rows = super(ReMATrainer, self)._balance_batch(self.idle, metrics=own)
+                rows = self._share_out(self.idle, metrics=own)
                 rows = self._compute_old_log_prob(rows, metrics=own)
                 if self.use_reference_policy:
                     rows = self._compute_ref_log_prob(rows, metrics=own)
