@@ -38,7 +38,7 @@ tiny_cold_start "$START_FROM" "$SEED" "$SFT_STEPS" \
 echo "== 3/4 ReMA (verl's main_ppo, real vLLM)"
 only_one_run_in "$RUN"
 if [ ! -e "$RUN/done_$STEPS" ]; then
-  export -f train launch only_one_run_in
+  export -f train launch precheck only_one_run_in
   export RUNS SMOKE=0
   python recipes/watch.py --title "RL" --log "$RUN/train.log" --metrics "$RUN/metrics" --steps "$STEPS" -- \
     bash -c 'set -euo pipefail; train "$@"' train "$NAME" \
