@@ -1,4 +1,4 @@
-"""Build the synthetic tiny task: a two-role arithmetic dialogue that a 1.3 M-parameter model learns on two CPU cores.
+"""Build the synthetic tiny task: a two-role arithmetic dialogue that a 0.4 M-parameter model learns on two CPU cores.
 
     python data_prep/build_tiny.py --out data/tiny
 
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--train", type=positive_int, default=2048, help="RL questions")
     parser.add_argument("--val", type=positive_int, default=200, help="held-out questions")
     parser.add_argument("--sft", type=positive_int, default=12_000, help="cold-start dialogues")
-    parser.add_argument("--hidden", type=positive_int, default=256)
+    parser.add_argument("--hidden", type=positive_int, default=128)
     parser.add_argument("--layers", type=positive_int, default=2)
     args = parser.parse_args(argv)
     import pyarrow as pa

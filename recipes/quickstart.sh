@@ -14,7 +14,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 cpu_environment
 
 SEED=${SEED:-0}
-SFT_STEPS=${SFT_STEPS:-500}
+SFT_STEPS=${SFT_STEPS:-400}
 STEPS=${STEPS:-15}
 START_FROM=$RUNS/quickstart_seed$SEED # task, model and cold start
 NAME=${NAME:-quickstart_seed$SEED}

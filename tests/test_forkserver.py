@@ -20,6 +20,8 @@ SCRIPT = """
 import os, signal, sys
 what, *rest = sys.argv[1:]
 print({module!r} in sys.modules, os.getcwd(), os.environ.get("OWN"), rest, sys.stdin.read(), flush=True)
+if what == "nice":
+    what = os.nice(0)
 if what == "warn":
     import logging
     logging.getLogger("verl").warning("heard")
@@ -81,6 +83,13 @@ def test_a_fork_has_the_arguments_folder_environment_files_and_exit_code_of_its_
     assert raised.returncode == 1 and "ValueError: as asked" in raised.stderr
     assert run(server, tmp_path, "warn").stderr == "WARNING:verl:heard\n"  # whatever a preloaded module did to logging
     assert run(server, tmp_path, "kill").returncode == -signal.SIGKILL
+
+
+def test_a_fork_is_as_nice_as_its_stand_in(server, tmp_path):
+    """Ray's workers are niced, and so must be what they start: an engine that is not starves who asks it."""
+    command, _ = server
+    nice = subprocess.run(["nice", "-n", "5", *command, str(tmp_path / "script.py"), "nice"], stdin=subprocess.DEVNULL)
+    assert nice.returncode == min(os.nice(0) + 5, 19)
 
 
 def test_where_imports_would_have_gone_another_way_an_ordinary_python_starts(server, tmp_path):

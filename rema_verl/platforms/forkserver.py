@@ -82,7 +82,8 @@ def ask(address: str, argv: list[str]) -> int | None:
     None where the server is not there or refuses: then nothing was started.
     """
     files = open_files()
-    request = json.dumps({"argv": argv, "cwd": os.getcwd(), "env": dict(os.environ), "files": files}).encode()
+    about = {"argv": argv, "cwd": os.getcwd(), "env": dict(os.environ), "files": files, "nice": os.nice(0)}
+    request = json.dumps(about).encode()
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(address)
@@ -213,6 +214,7 @@ def become(request: dict, files: list[int], ours: list[int]) -> None:
         for fd, number in zip(moved, request["files"], strict=True):
             os.dup2(fd, number, inheritable=True)
             os.close(fd)
+        os.nice(request["nice"] - os.nice(0))  # Ray's workers are, and so is what they start
         os.chdir(request["cwd"])
         if request["argv"][0] == "-c":
             # vLLM titles its processes; where a title goes can be found only while the environment is still there
