@@ -76,6 +76,23 @@ def test_failed_save_keeps_the_previous_checkpoint_and_says_why(tmp_path, monkey
     assert _read_tracker(tmp_path) == 4 and not (tmp_path / "global_step_5").exists()
 
 
+def test_what_fails_after_a_complete_save_does_not_cost_the_checkpoint(tmp_path, monkeypatch):
+    """verl calls trainer.checkpoint_callback_class when its pointer is written; what that raises is no failed save."""
+
+    def save_then_call_back(self):
+        (tmp_path / "global_step_5").mkdir()
+        (tmp_path / "global_step_5" / "data.pt").touch()
+        _write_tracker(tmp_path, 5)
+        raise OSError("the bucket is not there")
+
+    monkeypatch.setattr(rema.PPOTrainerSync, "_save_checkpoint", save_then_call_back)
+    trainer = bare_trainer(trainer={"default_local_dir": str(tmp_path)})
+    trainer.global_steps = 5
+    with pytest.raises(OSError, match="the bucket is not there"):
+        trainer._save_checkpoint()
+    assert _read_tracker(tmp_path) == 5 and (tmp_path / "global_step_5" / "data.pt").exists()
+
+
 def test_no_tracker_is_no_checkpoint(tmp_path):
     assert _read_tracker(tmp_path) is None
     _write_tracker(tmp_path, None)

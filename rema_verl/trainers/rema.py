@@ -313,6 +313,8 @@ class ReMATrainer(PPOTrainerSync):
         try:
             super()._save_checkpoint()
         except Exception as e:
+            if _read_tracker(root) == self.global_steps:
+                raise  # the checkpoint is complete: what failed came after it (trainer.checkpoint_callback_class)
             # torch does not say "disk full" when it is. Free the half-written step, then repair verl's pointer, which
             # the failed write may have emptied.
             free = shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free / 2**20
