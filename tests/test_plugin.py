@@ -1,5 +1,6 @@
 """Every name resolves in verl's own registries, the import stays light, and failure is loud."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,9 +16,23 @@ NAMES = [
     ("verl.experimental.reward_loop.reward_manager.registry", "m.get_reward_manager_cls('rema').__name__"),
     ("verl.trainer.ppo.v1.trainer_base", "m.get_trainer_cls('rema').__name__"),
     ("verl.checkpoint_engine.base", "m.CheckpointEngineRegistry.get('gloo').__name__"),
+    ("verl.experimental.agent_loop.agent_loop", "m._agent_loop_registry['mpdf']['_target_']"),
+    ("verl.experimental.reward_loop.reward_manager.registry", "m.get_reward_manager_cls('mpdf').__name__"),
+    ("verl.trainer.ppo.v1.trainer_base", "m.get_trainer_cls('mpdf').__name__"),
+    ("verl.trainer.ppo.v1.trainer_base", "m.get_trainer_cls('rema_separate').__name__"),
     ("verl.plugin.platform", "m.get_platform().device_name"),
     ("verl.workers.rollout.replica", "m.RolloutReplicaRegistry._registry['vllm'].__module__"),
 ]
+OURS = {
+    "m._agent_loop_registry['rema']['_target_']": "rema_verl.agent_loops.rema.",
+    "m._agent_loop_registry['mpdf']['_target_']": "rema_verl.agent_loops.mpdf.MPDFAgentLoop",
+    "m.get_reward_manager_cls('mpdf').__name__": "MPDFRewardManager",
+    "m.get_trainer_cls('mpdf').__name__": "MPDFTrainer",
+    "m.get_trainer_cls('rema').__name__": "ReMATrainer",
+    "m.get_trainer_cls('rema_separate').__name__": "SeparateTrainer",
+    "m.get_platform().device_name": "cpu",
+    "m.RolloutReplicaRegistry._registry['vllm'].__module__": "rema_verl.platforms.vllm_cpu",
+}
 
 
 def python(code: str, cwd, **environment) -> subprocess.CompletedProcess:
@@ -26,27 +41,47 @@ def python(code: str, cwd, **environment) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("module", sorted({module for module, _ in NAMES}))
-def test_names_resolve_after_a_bare_import(tmp_path, module):
-    lookups = "; ".join(f"print({lookup})" for where, lookup in NAMES if where == module)
-    result = python(f"import verl, importlib; m = importlib.import_module('{module}'); {lookups}", tmp_path)
+FORKS = """
+import importlib, json, os, sys
+import verl
+bare = [m for m in sys.modules if m.startswith("rema_verl")]
+print("BARE", json.dumps(bare), flush=True)
+for module, lookups in json.loads(sys.argv[1]).items():
+    if os.fork() == 0:  # each registry from a process that has imported verl and nothing else
+        m = importlib.import_module(module)
+        found = {lookup: str(eval(lookup)) for lookup in lookups}
+        print("FOUND", json.dumps(found), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory) -> tuple[set[str], dict[str, str]]:
+    """After a bare ``import verl``: our modules, and what each name resolves to once its registry is imported."""
+    lookups: dict[str, list[str]] = {}
+    for module, lookup in NAMES:
+        lookups.setdefault(module, []).append(lookup)
+    command = [sys.executable, "-c", FORKS, json.dumps(lookups)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path_factory.mktemp("bare"))
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.split()) >= sum(where == module for where, _ in NAMES)
+    lines = [line.partition(" ") for line in result.stdout.splitlines()]
+    found: dict[str, str] = {}
+    for kind, _, text in lines:
+        if kind == "FOUND":
+            found |= json.loads(text)
+    return set(json.loads(next(text for kind, _, text in lines if kind == "BARE"))), found
 
 
-def test_bare_import_loads_nothing_heavy_of_ours(tmp_path):
+@pytest.mark.parametrize(("module", "lookup"), NAMES)
+def test_names_resolve_after_a_bare_import(bare, module, lookup):
+    assert bare[1][lookup].startswith(OURS.get(lookup, "")) and bare[1][lookup] not in ("", "None")
+
+
+def test_bare_import_loads_nothing_heavy_of_ours(bare):
     """vLLM's workers import verl too: agent loop, trainer and rewards must wait until verl asks for them."""
-    code = "import verl, sys; print([m for m in sys.modules if m.startswith('rema_verl')])"
-    modules = eval_list(python(code, tmp_path).stdout)
-    assert set(modules) == {"rema_verl", "rema_verl.plugin", "rema_verl.compat", "rema_verl.platforms"} | {
-        "rema_verl.platforms.cpu"
-    }
-
-
-def eval_list(text: str) -> list[str]:
-    import ast
-
-    return ast.literal_eval(text.strip().splitlines()[-1])
+    light = {"rema_verl", "rema_verl.plugin", "rema_verl.compat", "rema_verl.platforms", "rema_verl.platforms.cpu"}
+    assert bare[0] == light
 
 
 def test_cpu_is_chosen_by_itself_and_overridable(tmp_path):
