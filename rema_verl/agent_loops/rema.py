@@ -50,6 +50,26 @@ def prompts_for(config: ReMAConfig) -> Prompts:
     return replace(default, **{k: v for k, v in config.prompts.items() if v is not None})
 
 
+def question_name(seed: int | None, kwargs: dict[str, Any]) -> str:
+    """What names a question to :func:`call_seed`: its place in the run, which trainer mode ``rema`` made its uid.
+
+    In validation verl draws uids at random. There the question itself is its name, with its index in the data if the
+    row has one, so that a validation under ``rema.seed`` repeats itself too. (Rows that are the same in both are then
+    sampled alike.)
+
+    >>> question_name(0, {"uid": "0-000001-000007", "raw_prompt": []})
+    '0-000001-000007'
+    >>> row = {"raw_prompt": [{"role": "user", "content": "1+1?"}], "extra_info": {"index": 3}}
+    >>> question_name(0, row | {"uid": "c0ffee"}) == question_name(0, row | {"uid": "decaf"})
+    True
+    """
+    uid = str(kwargs.get("uid"))
+    if seed is None or uid.startswith(f"{seed}-"):
+        return uid
+    about = [list(kwargs["raw_prompt"]), (kwargs.get("extra_info") or {}).get("index")]
+    return hashlib.sha256(json.dumps(about, default=str).encode()).hexdigest()
+
+
 def call_seed(seed: int | None, *place: object) -> dict[str, int]:
     """The sampling seed of the call at this place of a run; nothing where ``rema.seed`` is not set.
 
@@ -183,7 +203,7 @@ class ReMAAgentLoop(AgentLoopBase):
             if role == META_THINKING and self.rema.plan == "json":
                 sampling["structured_outputs"] = StructuredOutputsParams(json=JSON_SCHEMA)
             samples = self.rema.answers_per_plan if role == REASONING else 1
-            place = (kwargs.get("uid"), kwargs.get("session_id"), role, dialogue.num_turns)
+            place = (question_name(self.rema.seed, kwargs), kwargs.get("session_id"), role, dialogue.num_turns)
             asked = time.perf_counter()  # verl's simple_timer keeps every time it ever took
             outputs = await asyncio.gather(
                 *(
