@@ -91,7 +91,7 @@ class MPDFAgentLoop(AgentLoopBase):
 
         team = Team(self.mpdf.agents, self.mpdf.rounds, seed=self.seed or 0, prompts=self.mpdf.texts)
         question = neutralise(rema.question_of(kwargs["raw_prompt"]), self.tokens.control_strings)
-        session = Session(question, str(kwargs.get("uid")), kwargs.get("session_id", 0), reply, team)
+        session = Session(question, rema.question_name(self.seed, kwargs), kwargs.get("session_id", 0), reply, team)
         began = time.perf_counter()
         try:
             first = (session.solution("solve", session.messages("solve"), i, 0) for i in range(team.agents))
@@ -137,6 +137,7 @@ class MPDFAgentLoop(AgentLoopBase):
                         **shared,
                         "role": f"agent_{i}",
                         "turn_spans": stream.spans,
+                        "turn_rounds": player.rounds,
                         "invalid_actions": player.invalid,
                         "mpdf": {
                             "n_agents": team.agents,
@@ -160,6 +161,7 @@ class Player:
         self.loop, self.session, self.generate, self.agent = loop, session, generate, agent
         self.view: list[dict[str, str]] = []
         self.stream: rema.Stream | None = None
+        self.rounds: list[int] = []  # from 0, in which it spoke: one per turn of its row
         self.invalid = 0
 
     @property
@@ -181,6 +183,7 @@ class Player:
         stream = self.loop.tokens._speak(stream, output)
         text, truncated = self.loop.tokens._message(list(output.token_ids))
         self.stream, self.view = stream, [*view, {"role": "assistant", "content": text}]
+        self.rounds.append(t - 1)
         self.session.calls.append(Call("act", self.agent, t, asked, len(output.token_ids)))
         action = parse_action(text)
         self.session.counts["truncated"] += truncated

@@ -119,6 +119,11 @@ def check_trainer(config: DictConfig, mpdf: MPDFConfig) -> None:
     for key in ("algorithm.rollout_correction.bypass_mode", "distillation.enabled"):
         if OmegaConf.select(config, key):
             raise ValueError(f"{key}=true does not work with {mode}=mpdf")
+    if not (rollout.val_kwargs.do_sample and rollout.val_kwargs.temperature > 0):
+        raise ValueError(
+            f"actor_rollout_ref.rollout.val_kwargs must sample (do_sample=true, temperature above 0) with {mode}=mpdf: "
+            f"greedy agents get one prompt, give one answer, and have nothing to deliberate about"
+        )
     if config.trainer.max_actor_ckpt_to_keep == 1:
         raise ValueError(
             "trainer.max_actor_ckpt_to_keep=1 deletes the last good checkpoint before the next is complete; use at "

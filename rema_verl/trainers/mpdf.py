@@ -39,10 +39,8 @@ class MPDFTrainer(ReMATrainer):
         fields = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["rm_scores"])
         scores = [score.clone() for score in fields["rm_scores"].unbind()]
         for i, role in enumerate(self._role(batch, i) for i in range(len(batch))):
-            if role is not None and (rewards := _turn_rewards(self.rows[batch.keys[i]])) is not None:
-                spans = self.rows[batch.keys[i]]["turn_spans"]
-                # an agent whose context is full has no turn in the later rounds: nothing it wrote earned those rewards
-                scores[i] = _token_rewards(scores[i], spans, rewards[: len(spans)])
+            if role is not None and (rewards := rewards_of_turns(self.rows[batch.keys[i]])) is not None:
+                scores[i] = _token_rewards(scores[i], self.rows[batch.keys[i]]["turn_spans"], rewards)
         update = TensorDict(
             {"rm_scores": torch.nested.as_nested_tensor(scores, layout=torch.jagged)}, batch_size=len(batch)
         )
@@ -64,6 +62,20 @@ class MPDFTrainer(ReMATrainer):
             for name in ("trajectory_id", "turn_spans", "mpdf"):
                 extra[name] = [self.rows[key][name] for key in keys]
         PPOTrainerSync._dump_generations(self, inputs, outputs, gts, scores, extra, dump_path)
+
+
+def rewards_of_turns(row: dict) -> list[float] | None:
+    """One reward per turn of an agent's row; None where another reward manager gave one to the whole row.
+
+    An agent whose context is full in a round has no turn in it, and may have one again in a later round, when what its
+    peers say is shorter: a round's reward belongs to that round's turn, and without a turn nothing it wrote earned it.
+
+    >>> row = {"role": "agent_0", "turn_rounds": [0, 2]}
+    >>> rewards_of_turns(row | {"reward_extra_info": {"turn_rewards": '{"agent_0": [0.5, -1.0, 1.0]}'}})
+    [0.5, 1.0]
+    """
+    rewards = _turn_rewards(row)
+    return None if rewards is None else [rewards[t] for t in row["turn_rounds"]]
 
 
 def team_metrics(rows) -> dict[str, float]:

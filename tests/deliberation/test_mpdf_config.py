@@ -121,6 +121,8 @@ def test_the_trainers_configuration_composes_and_passes(inputs):
         ("data.max_prompt_length=20", "data.max_prompt_length=20 is smaller than an agent's empty prompt"),
         ("actor_rollout_ref.rollout.max_model_len=100", "max_model_len=100 is less than"),
         ("trainer.max_actor_ckpt_to_keep=1", "use at least 2"),
+        ("actor_rollout_ref.rollout.val_kwargs.do_sample=false", "greedy agents get one prompt"),
+        ("actor_rollout_ref.rollout.val_kwargs.temperature=0", "greedy agents get one prompt"),
     ],
 )
 def test_mistakes_are_found_before_anything_starts(inputs, override, message):

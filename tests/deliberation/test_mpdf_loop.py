@@ -20,7 +20,7 @@ from verl.workers.rollout.replica import TokenOutput
 
 from rema_verl.agent_loops.mpdf import NEXT, MPDFAgentLoop
 from rema_verl.deliberation.protocol import VERDICTS, Prompts
-from rema_verl.trainers.mpdf import team_metrics
+from rema_verl.trainers.mpdf import rewards_of_turns, team_metrics
 from rema_verl.trainers.rema import _token_rewards, _turn_rewards
 
 PROMPTS = {"solve": "SOLVE", "critic": "CHECK", "act": "ACT"}
@@ -178,6 +178,7 @@ def test_an_agent_without_room_keeps_its_solution_and_its_row(tokenizers):
     assert spans[0] < 3 and len(rows) == 2
     assert rows[0].extra_fields["overlong"] > 0
     assert len(rows[0].extra_fields["mpdf"]["rounds"]) == 3
+    assert all(len(row.extra_fields["turn_rounds"]) == n for row, n in zip(rows, spans, strict=True))
     never, _ = play(
         tokenizers["qwen2"], "qwen2", scripted({0: [], 1: []}, ["1 " * 150, "2"]), agents=2, prompt_length=160
     )
@@ -262,6 +263,19 @@ def test_every_agent_gets_its_own_rewards_and_softrankpo_ranks_the_rows_of_a_pro
     assert metrics["mpdf/invalid_actions"] == 0 and metrics["mpdf/tokens/act"] > 0
     assert 0 <= metrics["reward/acc/mean"] <= 1
     assert json.dumps(rows_of_prompt[0]["mpdf"])  # goes into verl's JSON dumps
+
+
+def test_a_rounds_reward_lands_on_that_rounds_turn(tokenizers):
+    """Agent 0 has no room in the second round, while agent 1's solution is long, and has room again in the third."""
+    tokenizer, refine, persist = tokenizers["qwen2"], TAG.format("refine"), TAG.format("persist")
+    ramble, medium, short = persist + " so" * 60, refine + "so " * 30 + solved(5), refine + "\\boxed{2}"
+    says = scripted({0: [ramble, refine + solved(2)], 1: [medium, short, persist]}, ["1", "1"])
+    rows, _ = play(tokenizer, "qwen2", says, agents=2, rounds=3, prompt_length=460)
+    fields = rows[0].extra_fields
+    assert fields["turn_rounds"] == [0, 2] and len(fields["turn_spans"]) == 2
+    fields["reward_extra_info"] = scored(rows, tokenizer, "2")["reward_extra_info"]
+    first, _, third = _turn_rewards(fields)
+    assert rewards_of_turns(fields) == [first, third] and third != _turn_rewards(fields)[1]
 
 
 def test_default_prompts_name_the_three_actions():
