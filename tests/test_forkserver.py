@@ -86,7 +86,7 @@ def test_a_fork_has_the_arguments_folder_environment_files_and_exit_code_of_its_
 
 
 def test_a_fork_is_as_nice_as_its_stand_in(server, tmp_path):
-    """Ray's workers are niced, and so must be what they start: an engine that is not starves who asks it."""
+    """Ray's workers are niced, and so must be what they start: an engine that is not outranks who asks it."""
     command, _ = server
     nice = subprocess.run(["nice", "-n", "5", *command, str(tmp_path / "script.py"), "nice"], stdin=subprocess.DEVNULL)
     assert nice.returncode == min(os.nice(0) + 5, 19)

@@ -210,7 +210,7 @@ class SeparateTrainer(ReMATrainer):
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, **kwargs) -> KVBatchMeta:
         learning = super()._balance_batch(batch, metrics, **kwargs)
-        self.idle = batch.select_keys([key for key in batch.keys if self.rows[key]["role"] not in self.learning])
+        self.idle = batch.select_keys([key for key in self.rows if self.rows[key]["role"] not in self.learning])
         return learning
 
     def on_sample_end(self) -> None:
