@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from verl.utils.tensordict_utils import make_iterator
 from rema_verl.trainers.rema import ReMATrainer
 
-QUESTIONS, SAMPLES, UPDATES, WORKERS = 16, 8, 4, 4
+QUESTIONS, SAMPLES, UPDATES = 16, 8, 4
 ROLES = ("meta_thinking", "reasoning")
 os.environ['RAY_prestart_worker_first_driver'] = '0'
 ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
@@ -35,7 +35,7 @@ def rows(seed):
                     rows.append({"key": f"q{q:02d}_{s}_{r}", "turns": turns, "role": role, "question": q})
     return rows
 
-def mini_batches(partition, rows, arrival, seed):
+def mini_batches(partition, rows, arrival, seed, workers=4):
     for row in sorted(rows, key=arrival):  # as dialogues end: a row at a time
         extra = {"role": row["role"], "turn_spans": [(0, 1)], "stop_reason": "finished"}
         length = 20 * row["turns"]
@@ -61,17 +61,22 @@ def mini_batches(partition, rows, arrival, seed):
     trainer.replay_buffer = SimpleNamespace(failure_keys={"train": []})
     trainer.tokenizer = SimpleNamespace(eos_token_id=0)
     trainer.global_steps, trainer.use_critic = 7, False
-    trainer.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": list(range(WORKERS))})
-    batch = trainer._balance_batch(batch, {})
-    share = len(batch) // WORKERS
+    trainer.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": list(range(workers))})
+    metrics = {}
+    batch = trainer._balance_batch(batch, metrics)
+    share = len(batch) // workers
     updates = [[] for _ in range(UPDATES)]
-    for worker in range(WORKERS):
+    spread = []
+    for worker in range(workers):
         part = list(range(worker * share, (worker + 1) * share))
         data = TensorDict({"at": torch.tensor(part)}, batch_size=share)
         kwargs = {"shuffle": False}  # actor.shuffle, as every recipe has it
         batches = make_iterator(data, share // UPDATES, 1, seed=42 + worker, dataloader_kwargs=kwargs)
         for update, mini in zip(updates, batches, strict=True):
             update += mini["at"].tolist()
+        spread.append(sum(batch.tags[i]["seq_len"] for i in part))
+    assert metrics["global_seqlen/balanced_max"] == max(spread)
+    assert max(spread) < 1.1 * min(spread)  # every worker has about the same work
     padding = [[bool(batch.tags[i].get("is_padding")) for i in update] for update in updates]
     return [[None if pad else batch.keys[i] for i, pad in zip(update, pads)] for update, pads in zip(updates, padding)]
 
@@ -80,10 +85,12 @@ orders = {
     "by length": lambda row: (row["turns"], row["key"]),
     "long first": lambda row: (-row["turns"], row["key"]),
     "by length, another seed": lambda row: (row["turns"], row["key"]),
+    "one worker": lambda row: (row["turns"], row["key"]),
 }
 result = {}
 for number, (name, arrival) in enumerate(orders.items()):
-    result[name] = mini_batches(f"train{number}", data, arrival, seed=3 if "another" not in name else 4)
+    seed, workers = 4 if "another" in name else 3, 1 if "one" in name else 4
+    result[name] = mini_batches(f"train{number}", data, arrival, seed, workers)
 print("RESULT" + json.dumps({"rows": data, "batches": result}))
 sys.stdout.flush()
 ray.shutdown()
@@ -120,9 +127,22 @@ def test_the_draw_does_not_depend_on_who_came_first_but_on_the_seed(drawn):
     assert batches["by length"] == batches["long first"] != batches["by length, another seed"]
 
 
-def test_order_leaves_rows_with_their_worker_and_needs_equal_shares():
-    order = fair_order(12, 3, "x")
-    assert [sorted(order[i : i + 4]) for i in (0, 4, 8)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    assert fair_order(12, 3, "x") == order != fair_order(12, 3, "y")
-    with pytest.raises(ValueError, match="7 rows cannot be shared equally by 2 workers"):
-        fair_order(7, 2, "x")
+def test_every_update_trains_the_same_rows_whatever_the_number_of_workers(drawn):
+    def sets(name):
+        return [sorted(key or "padding" for key in update) for update in drawn["batches"][name]]
+
+    assert sets("by length") == sets("one worker") != sets("by length, another seed")
+
+
+def test_every_mini_batch_is_shared_equally_and_in_balance():
+    lengths = [10 * (1 + i % 7) for i in range(48)]
+    order = fair_order(lengths, 12, 3, "x")
+    assert sorted(order) == list(range(48)) and fair_order(lengths, 12, 3, "x") == order != fair_order(
+        lengths, 12, 3, "y"
+    )
+    for update in range(4):  # four rows of each of three workers, who wait for each other after it
+        work = [sum(lengths[i] for i in order[16 * w + 4 * update : 16 * w + 4 * update + 4]) for w in range(3)]
+        assert max(work) < 1.2 * min(work)  # as the rows come it is up to 1.6 times
+    for rows, mini_batch, workers in ((7, 7, 2), (12, 8, 2)):
+        with pytest.raises(ValueError, match=f"{rows} rows cannot be cut into mini-batches of {mini_batch} for"):
+            fair_order([1] * rows, mini_batch, workers, "x")

@@ -30,6 +30,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.debug import marked_timer
+from verl.utils.seqlen_balancing import log_seqlen_unbalance
 from verl.utils.tensordict_utils import assign_non_tensor_stack
 
 from rema_verl.agent_loops.idle import idle_share
@@ -126,11 +127,21 @@ class ReMATrainer(PPOTrainerSync):
         return self._share_out(learning, metrics, **kwargs)
 
     def _share_out(self, batch: KVBatchMeta, metrics: dict, **kwargs) -> KVBatchMeta:
-        """Rows for the workers: verl's padding and balance of work, in an order that is fair to every mini-batch."""
+        """Rows for the workers, filled up as verl does it, and in mini-batches that are fair draws."""
         batch = super()._balance_batch(batch, metrics, **kwargs)
+        batch.reorder(sorted(range(len(batch)), key=batch.keys.__getitem__))
+        lengths = [tag["seq_len"] for tag in batch.tags]
         workers = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
+        rollout, actor = self.config.actor_rollout_ref.rollout, self.config.actor_rollout_ref.actor
+        with self._mini_batches_in_rows():
+            mini_batch = actor.ppo_mini_batch_size * rollout.n
+        if self.global_steps < self.config.trainer.critic_warmup:  # no update, and no rows filled up for it
+            mini_batch = len(batch)
         seed = self.config.data.get("seed") if self.rema.seed is None else self.rema.seed
-        batch.reorder(fair_order(len(batch), workers, (seed, self.global_steps)))
+        order = fair_order(lengths, mini_batch, workers, (seed, self.global_steps))
+        shares = [list(part) for part in np.array_split(order, workers)]
+        metrics.update(log_seqlen_unbalance(lengths, shares, prefix="global_seqlen"))
+        batch.reorder(order)
         return batch
 
     def _rows_of(self, roles: tuple[str, ...], batch: KVBatchMeta) -> KVBatchMeta:
