@@ -5,7 +5,8 @@ Shapes: B rows, L response tokens, T turns of one row, N turns of all rows toget
 A policy loss or an advantage estimator of verl sees no turn boundaries, only the response mask: 1 for tokens the model
 sampled, 0 for text that came from elsewhere (the partner, a tool, padding). A *turn* is a run of 1s inside one row; two
 turns of one role always have a masked token between them, and an empty turn leaves no trace. Turns are numbered 0..N-1
-through the batch, row by row, so a sum over turns is one flat ``index_add`` and nothing of size B x L x T is ever made.
+through the batch, row by row, so the turns are the segments of the flat list of sampled tokens: a sum over turns is one
+segmented reduction, always in the same order, and nothing of size B x L x T is ever made.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ class Turns:
         length: (N,) int64, its number of tokens, at least 1.
         per_row: (B,) int64, how many turns each row has, 0 for a row with no valid token.
         of_token: (B, L) int32, the turn a token belongs to; N for masked tokens.
+        tokens: int64, where the sampled tokens stand in the flattened batch, turn by turn.
     """
 
     num: int
@@ -30,6 +32,7 @@ class Turns:
     length: torch.Tensor
     per_row: torch.Tensor
     of_token: torch.Tensor
+    tokens: torch.Tensor
 
 
 def check_mask(response_mask: torch.Tensor) -> torch.Tensor:
@@ -57,16 +60,15 @@ def find_turns(response_mask: torch.Tensor) -> Turns:
         [[0, 0, 2, 1]]
     """
     mask = check_mask(response_mask)
-    starts, ends = mask.clone(), mask.clone()
-    starts[:, 1:] &= ~mask[:, :-1]
-    ends[:, :-1] &= ~mask[:, 1:]
-    # Both lists are in row order, and a row starts as many turns as it ends: the i-th end closes the i-th start.
-    row, first = starts.nonzero(as_tuple=True)
-    last = ends.nonzero(as_tuple=True)[1]
+    padded = torch.nn.functional.pad(mask, (1, 1))
+    changes = padded[:, 1:] ^ padded[:, :-1]  # (B, L + 1), where a turn starts, and one place after its end
+    row, at = changes.nonzero(as_tuple=True)  # in row order, a start and its end by turns
+    row, length = row[::2], at[1::2] - at[::2]
     num = row.numel()
     # One running count through the flattened batch gives every row its own range of turn numbers.
-    of_token = starts.flatten().cumsum(0, dtype=torch.int32).sub_(1).view_as(mask).masked_fill_(~mask, num)
-    return Turns(num, row, last - first + 1, torch.bincount(row, minlength=mask.shape[0]), of_token)
+    count = changes.flatten().cumsum(0, dtype=torch.int32).view_as(changes)[:, :-1]
+    of_token = (count >> 1).masked_fill_(~mask, num)
+    return Turns(num, row, length, changes.sum(dim=1) >> 1, of_token, mask.flatten().nonzero()[:, 0])
 
 
 def count_turns(response_mask: torch.Tensor) -> int:
@@ -95,9 +97,10 @@ def sum_per_turn(values: torch.Tensor, turns: Turns) -> torch.Tensor:
     >>> sum_per_turn(torch.tensor([[1.0, 2.0, 9.0, 4.0]]), find_turns(torch.tensor([[1, 1, 0, 1]])))
     tensor([3., 4.])
     """
-    # Entry N collects the masked tokens, NaN and inf included, and is cut off.
-    sums = values.new_zeros(turns.num + 1).index_add(0, turns.of_token.flatten(), values.flatten())
-    return sums[: turns.num]
+    sampled = values.flatten().index_select(0, turns.tokens)
+    # Not index_add: on a GPU its atomic additions, all masked tokens' to one entry, take ten times as long. "unsafe"
+    # leaves out a look at the lengths, for which the host would have to wait.
+    return torch.segment_reduce(sampled, "sum", lengths=turns.length, unsafe=True)
 
 
 def to_tokens(values: torch.Tensor, turns: Turns) -> torch.Tensor:
