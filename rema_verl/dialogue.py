@@ -32,6 +32,7 @@ class StopReason(str, Enum):
     TRUNCATED = "truncated"  # a message hit the per-turn token limit
     CONTEXT_EXHAUSTED = "context_exhausted"  # the next prompt would not fit the context budget
     EMPTY_MESSAGE = "empty_message"  # a message had no visible character
+    NO_TOKEN = "no_token"  # the engine returned no token for a message, which is then none
 
     __str__ = str.__str__
 
@@ -254,14 +255,14 @@ class Dialogue:
     def view(self, role: str) -> list[dict[str, str]]:
         """The chat messages as ``role`` sees them, up to now.
 
-        For ``reasoning`` this needs meta_thinking's first message.
+        Before meta_thinking's first message, ``reasoning`` sees an empty instruction.
         """
         system = fill(getattr(self.prompts, role), finish_flag=self.finish_flag)
         mine, theirs = self.messages[ROLES.index(role) :: 2], self.messages[1 - ROLES.index(role) :: 2]
         if role == META_THINKING:
             opening, heard = self.plan_question or self.question, theirs
         else:
-            opening, heard = self._first_instruction(theirs[0]), theirs[1:]
+            opening, heard = self._first_instruction("".join(theirs[:1])), theirs[1:]
         view = [{"role": "system", "content": system}, {"role": "user", "content": opening}]
         for i, message in enumerate(mine):
             view.append({"role": "assistant", "content": message})

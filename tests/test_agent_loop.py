@@ -221,6 +221,70 @@ def test_empty_message_ends_the_dialogue(tokenizers, family):
     assert rows[META_THINKING].extra_fields["stop_reason"] == "empty_message"
 
 
+class Speechless(ScriptedClient):
+    """Returns no token where the script has None."""
+
+    async def generate(self, request_id, *, prompt_ids, sampling_params, **kwargs) -> TokenOutput:
+        role = request_id.split("-", 1)[1]
+        if self.script[role][len(self.calls[role])] is not None:
+            return await super().generate(request_id, prompt_ids=prompt_ids, sampling_params=sampling_params, **kwargs)
+        fields = {"num_cached_tokens": 1, "min_global_steps": 3, "max_global_steps": 3}
+        return TokenOutput(token_ids=[], log_probs=[], stop_reason="completed", extra_fields=fields)
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_an_engine_that_returns_no_token_ends_the_dialogue(tokenizers, family, after):
+    """What was said before is trained as it is; a role that never spoke has its masked row; nothing else is in them."""
+    client = Speechless(tokenizers[family], script_of(*["m1", "r1", "m2", "r2"][:after], None))
+    rows, _ = play(tokenizers[family], family, "Q", None, client=client)
+    check_no_drift(rows, client)
+    fields = rows[META_THINKING].extra_fields
+    assert fields["stop_reason"] == "no_token" and fields["messages"] == ["m1", "r1", "m2", "r2"][:after]
+    assert all(start < end for row in rows.values() for start, end in row.extra_fields["turn_spans"])
+    assert all(row.extra_fields["min_global_steps"] == 3 for row in rows.values())
+
+
+def test_a_dialogue_without_a_message_is_scored_counted_and_recorded(tokenizers, tmp_path):
+    from rema_verl.report.recorder import Recorder
+    from rema_verl.trainers.rema import ReMATrainer
+
+    rows, _ = play(tokenizers["qwen2"], "qwen2", "Q", None, client=Speechless(tokenizers["qwen2"], script_of(None)))
+    config = OmegaConf.create(
+        {
+            "reward": {"custom_reward_function": {"path": None}},
+            "rema": {"trajectories": {"folder": str(tmp_path / "t")}},
+            "trainer": {"default_local_dir": str(tmp_path)},
+        }
+    )
+    scored = asyncio.run(score(config, list(rows.values())))
+    trainer = ReMATrainer.__new__(ReMATrainer)
+    trainer.rows = {f"q_0_{i}": row.extra_fields | scored for i, row in enumerate(rows.values())}
+    metrics = trainer._dialogue_metrics()
+    assert metrics["dialogue/stop_reason/no_token"] == 1 and metrics["reasoning/reward/mean"] == 0
+    with Recorder(config) as recorder:
+        recorder.step(1, trainer.rows, metrics, lambda keys: [{"question": "Q", "truth": "4", "data_source": "s"}])
+    (kept,) = (tmp_path / "t").iterdir()
+    assert json.loads(kept.read_text())["stop_reason"] == "no_token"
+
+
+async def score(config, rows) -> dict:
+    """What verl puts into the rows of a session from the reward manager."""
+    import numpy as np
+    from verl import DataProto
+
+    from rema_verl.rewards.rema import ReMARewardManager
+
+    columns = {
+        "tool_extra_fields": [row.extra_fields for row in rows],
+        "reward_model": [{"style": "rule", "ground_truth": "4"}] * len(rows),
+        "data_source": ["s"] * len(rows),
+        "raw_prompt": [[{"role": "user", "content": "Q"}]] * len(rows),
+    }
+    data = DataProto(batch=None, non_tensor_batch={k: np.array(v, dtype=object) for k, v in columns.items()})
+    result = await ReMARewardManager(config, None).run_single(data)
+    return {"reward_extra_info": result["reward_extra_info"]}
+
+
 def test_exhausted_context_ends_the_dialogue_before_the_message_that_does_not_fit(tokenizers, family):
     tokenizer = tokenizers[family]
     script = script_of(*["word " * 40] * 20)
@@ -234,6 +298,14 @@ def test_exhausted_context_ends_the_dialogue_before_the_message_that_does_not_fi
 def test_question_that_does_not_fit_is_skipped_not_cut(tokenizers, family):
     rows, client = play(tokenizers[family], family, "long " * 5000, script_of("m", "r"), prompt_length=900)
     assert rows == {} and not any(client.calls.values())
+
+
+def test_under_verls_group_filter_a_question_that_does_not_fit_has_failed(tokenizers):
+    """Finished without rows, it would end the run there: "Finished groups are missing DAPO metric"."""
+    loop = make_loop(tokenizers["qwen2"], "qwen2", ScriptedClient(tokenizers["qwen2"], {}), prompt_length=900)
+    loop.config.algorithm = {"filter_groups": {"enable": True}}
+    with pytest.raises(ValueError, match=r"the question is longer than data\.max_prompt_length"):
+        asyncio.run(loop.run({}, raw_prompt=[{"role": "user", "content": "long " * 5000}]))
 
 
 def test_without_logprobs(tokenizers, family):

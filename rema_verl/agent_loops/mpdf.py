@@ -44,7 +44,8 @@ class MPDFAgentLoop(AgentLoopBase):
     """Runs one deliberation and returns one row per agent. Token streams are those of loop ``rema``.
 
     A question whose first prompt exceeds ``rollout.prompt_length`` is skipped (no rows), never cut: the trainer counts
-    it as ``rollout/skipped_trajectories``. An agent whose context is full keeps its solution from then on.
+    it as ``rollout/skipped_trajectories``. An agent whose context is full keeps its solution from then on; one whose
+    engine returns no token keeps it in that round.
     """
 
     def __init__(self, *args, **kwargs):
@@ -97,7 +98,7 @@ class MPDFAgentLoop(AgentLoopBase):
             first = (session.solution("solve", session.messages("solve"), i, 0) for i in range(team.agents))
             states = list(await asyncio.gather(*first))
         except PromptTooLong:
-            return []
+            return rema.skipped(self.config)
         players = [Player(self, session, generate, i) for i in range(team.agents)]
         rounds = []
         for t in range(1, team.rounds + 1):
@@ -119,12 +120,13 @@ class MPDFAgentLoop(AgentLoopBase):
             "malformed_profiles": session.counts["malformed_profiles"],
             "malformed_verdicts": session.counts["malformed_verdicts"],
             "overlong": session.counts["overlong"],
+            "no_token": session.counts["no_token"],
             "min_global_steps": min(versions, default=None),
             "max_global_steps": max(versions, default=None),
         }
         outputs = []
         for i, player in enumerate(players):
-            stream = player.stream if player.stream and player.spoke else self.tokens._silence(player.view)
+            stream = player.stream if player.stream and player.spoke else self.tokens._silence(player.opening)
             outputs.append(
                 AgentLoopOutput(
                     prompt_ids=stream.ids[: stream.num_prompt],
@@ -159,7 +161,8 @@ class Player:
 
     def __init__(self, loop: MPDFAgentLoop, session: Session, generate, agent: int):
         self.loop, self.session, self.generate, self.agent = loop, session, generate, agent
-        self.view: list[dict[str, str]] = []
+        self.view: list[dict[str, str]] = []  # what its stream says
+        self.opening: list[dict[str, str]] = []  # the first view that it had no turn on, for a row without any turn
         self.stream: rema.Stream | None = None
         self.rounds: list[int] = []  # from 0, in which it spoke: one per turn of its row
         self.invalid = 0
@@ -174,12 +177,11 @@ class Player:
         view = [*self.view, *self.shown(states)]
         stream = self.loop.tokens._listen(self.stream, view)
         if len(stream.ids) > self.loop.tokens.context_tokens:
-            if not self.view:
-                self.view = view  # for the masked row
-            self.session.counts["overlong"] += 1
-            return PERSIST, own
+            return self.silent("overlong", view), own
         asked = len(stream.ids)
         output = await self.generate(stream.ids, self.agent, self.session.seed("act", t, self.agent))
+        if not output.token_ids:
+            return self.silent("no_token", view), own
         stream = self.loop.tokens._speak(stream, output)
         text, truncated = self.loop.tokens._message(list(output.token_ids))
         self.stream, self.view = stream, [*view, {"role": "assistant", "content": text}]
@@ -194,6 +196,12 @@ class Player:
         if action == CONCEDE:
             return CONCEDE, states[adopted_peer([s.confidence for s in states], self.agent)]
         return PERSIST, own
+
+    def silent(self, why: str, view: list[dict[str, str]]) -> str:
+        """The action of an agent that has no turn in this round; ``why`` is counted."""
+        self.opening = self.opening or view
+        self.session.counts[why] += 1
+        return PERSIST
 
     def shown(self, states: list[AgentState]) -> list[dict[str, str]]:
         """The messages that ask for the next action."""

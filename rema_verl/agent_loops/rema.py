@@ -147,8 +147,9 @@ class ReMAAgentLoop(AgentLoopBase):
             seat.end_ids = set(seat.tokenizer.all_special_ids)
 
     def _seat(self, role: str) -> "ReMAAgentLoop":
-        """This loop with the tokenizer and token builder of the role's own model, if it has one."""
-        if self.rema.roles[role].model_path is None:
+        """This loop with the tokenizer, chat template and token builder of the role's own model, if it has one."""
+        options = self.rema.roles[role]
+        if options.model_path is None and not options.overrides.get("model"):
             return self
         seat = copy.copy(self)
         seat.tokenizer, model_type = _own_tokenizer(
@@ -194,7 +195,7 @@ class ReMAAgentLoop(AgentLoopBase):
             counts["drift"] += lost(before.ids, stream.ids) if before else 0
             if len(stream.ids) > self.context_tokens:
                 if not dialogue.messages:
-                    return []
+                    return skipped(self.config)
                 dialogue.stop(StopReason.CONTEXT_EXHAUSTED)
                 break  # the role's row stays as it was before the message it cannot answer
             sampling = dict(sampling_params)
@@ -232,6 +233,9 @@ class ReMAAgentLoop(AgentLoopBase):
                 if span := output.extra_fields.get("engine_span"):
                     engine_spans.append((span["replica"], span["began"], span["ended"]))
             output, *others = outputs
+            if not output.token_ids:
+                dialogue.stop(StopReason.NO_TOKEN)
+                break  # a turn without a token has no place in a row: nothing could carry its reward or its ratio
             streams[role] = seat._speak(stream, output)
             counts["drift"] += lost([*stream.ids, *output.token_ids], streams[role].ids)
             message, truncated = seat._message(list(output.token_ids))
@@ -310,6 +314,20 @@ class ReMAAgentLoop(AgentLoopBase):
         text = self.tokenizer.decode(ids, skip_special_tokens=True)  # takes less time than a thread's hand-over
         truncated = len(ids) >= self.turn_tokens and ids[-1] not in self.end_ids
         return neutralise(text, self.control_strings), truncated
+
+
+def skipped(config) -> list[AgentLoopOutput]:
+    """What a loop returns for a question that does not fit: no rows.
+
+    verl's group filter takes a finished group without rows for a fault and ends the run. Where it is on, the question
+    has failed instead.
+
+    Raises:
+        ValueError: ``algorithm.filter_groups`` is on.
+    """
+    if OmegaConf.select(config, "algorithm.filter_groups.enable"):
+        raise ValueError("the question is longer than data.max_prompt_length")
+    return []
 
 
 def lost(sent: list[int], kept: list[int]) -> int:

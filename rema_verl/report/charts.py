@@ -18,7 +18,9 @@ from rema_verl.report.run import Run
 ROLE_COLOURS = {META_THINKING: "#7c3aed", REASONING: "#0f8a7e"}
 RUN_COLOURS = ("#1d4ed8", "#d9480f", "#2b8a3e", "#a61e4d", "#5f3dc4", "#0b7285", "#866118", "#495057")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-STOP_COLOURS = dict(zip(map(str, StopReason), ("#2b8a3e", "#e8a317", "#c92a2a", "#a61e4d", "#868e96"), strict=True))
+STOP_COLOURS = dict(
+    zip(map(str, StopReason), ("#2b8a3e", "#e8a317", "#c92a2a", "#a61e4d", "#868e96", "#1d4ed8"), strict=True)
+)
 STACK_COLOURS = ("#1d4ed8", "#0f8a7e", "#e8a317", "#7c3aed", "#c92a2a", "#0b7285", "#866118", "#a61e4d", "#868e96")
 ACTIONS = {"persist": "#1d4ed8", "refine": "#e8a317", "concede": "#c92a2a"}
 SMALL_PART = 0.01  # of all the time: what takes less is shown as "other"

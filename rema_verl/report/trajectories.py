@@ -10,7 +10,7 @@
     data_source     the row's data source
     question        the question as the data set has it
     truth           the right answer, as text
-    stop_reason     finished, max_turns, truncated, context_exhausted or empty_message
+    stop_reason     finished, max_turns, truncated, context_exhausted, empty_message or no_token
     acc             1.0 if it counts as correct, else 0.0
     grade_status    how grading went: graded, no_answer, timeout, memory, error, custom
     prompt_tokens, cached_tokens    prompt tokens of all calls, and how many of them vLLM's prefix cache served

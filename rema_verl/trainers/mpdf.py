@@ -83,7 +83,8 @@ def team_metrics(rows) -> dict[str, float]:
 
     >>> team = {"agent": 0, "rounds": [{"actions": ["refine"]}], "tokens": {"act": 3}}
     >>> scored = {"turn_rewards": '{"agent_0": [1.0]}', "acc": 1.0}
-    >>> counts = dict.fromkeys(["malformed_profiles", "malformed_verdicts", "overlong", "cached_tokens"], 0)
+    >>> names = ["malformed_profiles", "malformed_verdicts", "overlong", "no_token", "cached_tokens"]
+    >>> counts = dict.fromkeys(names, 0)
     >>> row = {"mpdf": team, "reward_extra_info": scored, "turn_spans": [(0, 3)], "invalid_actions": 1}
     >>> row["role"] = "agent_0"
     >>> row |= counts | {"prompt_tokens": 10}
@@ -107,7 +108,7 @@ def team_metrics(rows) -> dict[str, float]:
         metrics[f"mpdf/tokens/{kind}"] = sum(row["mpdf"]["tokens"][kind] for row in rows)
     if rewards := [sum(r) for row in rows if (r := _turn_rewards(row)) is not None]:
         metrics["mpdf/reward/mean"] = float(np.mean(rewards))
-    for name in ("malformed_profiles", "malformed_verdicts", "overlong"):
+    for name in ("malformed_profiles", "malformed_verdicts", "overlong", "no_token"):
         metrics[f"mpdf/{name}"] = sum(row[name] for row in firsts)
     metrics["reward/acc/mean"] = float(np.mean([row["reward_extra_info"].get("acc", 0.0) for row in firsts]))
     prompt_tokens = sum(row["prompt_tokens"] for row in firsts)

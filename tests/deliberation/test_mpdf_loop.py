@@ -49,8 +49,10 @@ class Client:
         kind = next(kind for kind, text in PROMPTS.items() if text in prompt)
         times = sum(call[:2] == (kind, agent) for call in self.calls)
         text = self.says(kind, agent, prompt, times)
-        ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        ids = (ids + [self.tokenizer.eos_token_id])[: min(self.limit, sampling_params["max_tokens"])]
+        ids = []
+        if text is not None:  # else the engine returns no token
+            ids = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            ids = (ids + [self.tokenizer.eos_token_id])[: min(self.limit, sampling_params["max_tokens"])]
         self.calls.append((kind, agent, list(prompt_ids), ids, dict(sampling_params)))
         return TokenOutput(
             token_ids=ids,
@@ -183,6 +185,28 @@ def test_an_agent_without_room_keeps_its_solution_and_its_row(tokenizers):
         tokenizers["qwen2"], "qwen2", scripted({0: [], 1: []}, ["1 " * 150, "2"]), agents=2, prompt_length=160
     )
     assert all(row.response_mask == [0] and row.extra_fields["turn_spans"] == [] for row in never)
+
+
+def test_an_agent_whose_engine_returns_no_token_keeps_its_solution_for_that_round(tokenizers, family):
+    persist, refine = TAG.format("persist"), TAG.format("refine") + solved(2)
+    says = scripted({0: [None, refine], 1: [persist, None], 2: [None, None]}, ["1", "2", "3"])
+    rows, client = play(tokenizers[family], family, says, rounds=2)
+    assert [row.extra_fields["turn_rounds"] for row in rows] == [[1], [0], []]
+    assert all(row.extra_fields["no_token"] == 4 for row in rows)
+    assert rows[2].response_mask == [0] and rows[2].response_logprobs == [0.0]
+    assert all(len(row.response_ids) == len(row.response_logprobs) for row in rows)
+    assert [t["actions"] for t in rows[0].extra_fields["mpdf"]["rounds"]] == [
+        ["persist"] * 3,
+        ["refine"] + ["persist"] * 2,
+    ]
+    asked = [call[2] for call in client.calls if call[:2] == ("act", 0)]
+    assert rows[0].prompt_ids == asked[1]  # agent 0's row begins with the round in which it spoke
+    fields = rows[0].extra_fields
+    fields["reward_extra_info"] = scored(rows, tokenizers[family], "2")["reward_extra_info"]
+    assert rewards_of_turns(fields) == _turn_rewards(fields)[1:]
+    for row in rows:
+        row.extra_fields["reward_extra_info"] = fields["reward_extra_info"]
+    assert team_metrics([row.extra_fields for row in rows])["mpdf/no_token"] == 4
 
 
 def test_seeds_go_to_the_server_only_where_the_run_has_one(tokenizers):
