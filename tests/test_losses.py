@@ -40,6 +40,17 @@ def test_the_ratio_is_the_mean_over_the_turn_and_what_is_masked_is_not_read():
     assert found["log_ratio"].tolist() == pytest.approx([0.2, 0.0, 0.2])
 
 
+def test_turns_stay_what_they_were_where_rejection_took_tokens():
+    """verl's ``rollout_rs=token_*`` made two holes in row 0's only turn, and took all of row 1's first turn."""
+    sampled = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 1, 0]])
+    left = torch.tensor([[1, 0, 1, 0, 1], [0, 0, 0, 1, 0]])
+    new = torch.tensor([[0.3, 9.0, 0.0, math.inf, 0.0], [math.nan, 9.0, 0.0, 0.5, 0.0]])
+    zeros = torch.zeros(2, 5)
+    found = losses.turns_of(CONFIG, new, zeros, zeros + 1, left, torch.tensor([0, 1]), loss_mask=sampled)
+    assert (found["row"].tolist(), found["turn"].tolist()) == ([0, 1], [0, 1])
+    assert found["log_ratio"].tolist() == pytest.approx([0.1, 0.5]) and found["clipped"].tolist() == [False, True]
+
+
 def test_notes_are_taken_once(monkeypatch):
     zeros = torch.zeros(2, 4)
     made = losses.turns_of(CONFIG, zeros, zeros, zeros, MASK, torch.tensor([0, 1]))

@@ -4,6 +4,7 @@ The trainer keeps its rows (``extra_fields`` by TransferQueue key ``<prompt uid>
 recorder adds each turn's advantage and log-ratio to them, and at the end of a step makes trajectories of them.
 """
 
+import itertools
 import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -112,7 +113,7 @@ def note_update(rows: Sequence[dict], turns: Mapping[str, torch.Tensor]) -> None
     Args:
         rows: the trainer's; ``turns["row"]`` counts them, and verl's padding rows are negative.
         turns: :func:`rema_verl.trainers.losses.turns_of`'s, of the whole update. A later pass over a turn replaces an
-            earlier one; a turn without tokens, which no loss sees, gets 0 and False.
+            earlier one; a turn that no loss saw (without tokens, or all of them rejected) gets 0 and False.
     """
     seen: dict[int, dict[int, tuple[float, bool]]] = {}
     columns = (turns[name].tolist() for name in ("row", "turn", "log_ratio", "clipped"))
@@ -120,9 +121,9 @@ def note_update(rows: Sequence[dict], turns: Mapping[str, torch.Tensor]) -> None
         if i >= 0:
             seen.setdefault(i, {})[turn] = (log_ratio, clipped)
     for i, of_row in seen.items():
-        found = iter([of_row[turn] for turn in sorted(of_row)])
-        spans = rows[i]["turn_spans"]
-        pairs = [next(found) if end > start else (0.0, False) for start, end in spans]
+        pairs, spoken = [], itertools.count()
+        for start, end in rows[i]["turn_spans"]:
+            pairs.append(of_row.get(next(spoken), (0.0, False)) if end > start else (0.0, False))
         rows[i]["update_log_ratios"], rows[i]["clipped"] = map(list, zip(*pairs, strict=True))
 
 

@@ -29,7 +29,7 @@ def role_ppo_loss(config, model_output, data, dp_group=None):
     loss, metrics = ppo_loss(config, model_output, data, dp_group)
     with torch.no_grad():
         log_prob = no_padding_2_padding(model_output["log_probs"], data).detach()
-        fields = ["old_log_probs", "advantages", "response_mask"]
+        fields = ["old_log_probs", "advantages", "response_mask", "loss_mask"]
         rows = data.select(*fields).to_padded_tensor()
         mask = rows["response_mask"].to(bool)
         policy_loss = get_policy_loss_fn(config.policy_loss.get("loss_mode", "vanilla"))
@@ -52,19 +52,26 @@ def role_ppo_loss(config, model_output, data, dp_group=None):
     return loss, metrics
 
 
-def turns_of(config, log_prob, old_log_probs, advantages, response_mask, row) -> TensorDict:
+def turns_of(config, log_prob, old_log_probs, advantages, response_mask, row, loss_mask=None) -> TensorDict:
     """What an update sees of every turn; all tensors (B, L) but ``row`` (B,).
+
+    verl's rejection sampling (``algorithm.rollout_correction.rollout_rs``) takes tokens out of ``response_mask`` only.
+    Turns are those of ``loss_mask``, which keeps what was sampled; a turn without a token left has no note.
 
     A turn counts as clipped where its geometric ratio has left the range on the side that its advantage points to, or
     is at the dual clip's bound: what ``turn_clip`` clips, and the turn as a whole under a loss that clips tokens.
 
     Returns:
-        (N,) ``row``, ``turn`` (its number in the row), ``log_ratio`` (nats, mean over the turn's tokens, the policy as
-        it stands against the one that sampled), ``clipped``.
+        (N,) ``row``, ``turn`` (its number among the row's turns that have a token), ``log_ratio`` (nats, mean over the
+        turn's tokens that are left, the policy as it stands against the one that sampled), ``clipped``.
     """
-    turns = find_turns(response_mask)
-    log_ratio = sum_per_turn(log_prob.float() - old_log_probs.float(), turns) / turns.length
-    advantage = sum_per_turn(advantages.float(), turns) / turns.length
+    turns, left = find_turns(response_mask if loss_mask is None else loss_mask), response_mask.bool()
+    length = sum_per_turn(left.float(), turns)
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return sum_per_turn(values.float().masked_fill(~left, 0.0), turns) / length
+
+    log_ratio, advantage = mean(log_prob.float() - old_log_probs.float()), mean(advantages)
     low, high = (
         config.clip_ratio if bound is None else bound for bound in (config.clip_ratio_low, config.clip_ratio_high)
     )
@@ -79,7 +86,7 @@ def turns_of(config, log_prob, old_log_probs, advantages, response_mask, row) ->
         "log_ratio": log_ratio,
         "clipped": too_high | too_low | dual,
     }
-    return TensorDict(fields, batch_size=[turns.num])
+    return TensorDict(fields, batch_size=[turns.num])[length > 0]
 
 
 def take_turns(worker) -> TensorDict:

@@ -66,6 +66,18 @@ def test_an_update_is_noted_turn_by_turn():
     assert "clipped" not in rows[0]
 
 
+def test_a_turn_that_was_rejected_whole_has_no_ratio():
+    """verl's rejection sampling took the first and the last turn; the second one still is the second."""
+    rows = [{"turn_spans": [(0, 2), (2, 2), (4, 6), (7, 9)]}, {"turn_spans": [(0, 2)]}]
+    turns = {
+        "row": torch.tensor([0]), "turn": torch.tensor([1]), "log_ratio": torch.tensor([0.5]),
+        "clipped": torch.tensor([True]),
+    }  # fmt: skip
+    note_update(rows, turns)
+    assert rows[0]["update_log_ratios"] == [0.0, 0.0, 0.5, 0.0] and rows[0]["clipped"] == [False, False, True, False]
+    assert "clipped" not in rows[1]
+
+
 def test_without_vllm_s_log_probs_there_is_no_ratio():
     row = {"turn_spans": [(0, 1)]}
     note_turns(row, torch.ones(1), torch.ones(1), None)
