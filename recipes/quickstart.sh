@@ -15,11 +15,42 @@ cpu_environment
 
 SEED=${SEED:-0}
 SFT_STEPS=${SFT_STEPS:-400}
-STEPS=${STEPS:-15}
+STEPS=${STEPS:-10}
 START_FROM=$RUNS/quickstart_seed$SEED # task, model and cold start
 NAME=${NAME:-quickstart_seed$SEED}
 RUN=$RUNS/$NAME # RL
 DATA=$START_FROM/data
+ARGUMENTS=(
+  +device=cpu
+  data.train_files="$DATA/train.parquet"
+  data.val_files="$DATA/val.parquet"
+  data.train_batch_size=16
+  data.max_prompt_length=128
+  data.max_response_length=16
+  data.seed="$SEED"
+  rema.max_turns=4
+  rema.seed="$SEED"
+  rema.prompts.meta_thinking=plan
+  rema.prompts.reasoning=solve
+  rema.prompts.first_instruction="'{question}|{instruction}'"
+  actor_rollout_ref.model.path="$START_FROM/model"
+  actor_rollout_ref.actor.ppo_mini_batch_size=4
+  actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64
+  actor_rollout_ref.actor.optim.lr=2e-4
+  actor_rollout_ref.actor.optim.lr_scheduler_type=cosine
+  actor_rollout_ref.actor.optim.weight_decay=0.0
+  actor_rollout_ref.rollout.n=8
+  actor_rollout_ref.rollout.seed="$SEED"
+  actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64
+  actor_rollout_ref.rollout.max_num_batched_tokens=2048
+  trainer.total_training_steps="$STEPS"
+  trainer.total_epochs=1000
+  trainer.save_freq=5
+  trainer.test_freq=5
+  "$@"
+)
+precheck rema_trainer --settings-only "${ARGUMENTS[@]}" # before the cold start, which takes a minute
+
 [ "${FRESH:-0}" = 1 ] && rm -rf "$RUN"
 mkdir -p "$START_FROM" "$RUN"
 only_one_run_in "$START_FROM"
@@ -41,34 +72,7 @@ if [ ! -e "$RUN/done_$STEPS" ]; then
   export -f train launch precheck only_one_run_in
   export RUNS SMOKE=0
   python recipes/watch.py --title "RL" --log "$RUN/train.log" --metrics "$RUN/metrics" --steps "$STEPS" -- \
-    bash -c 'set -euo pipefail; train "$@"' train "$NAME" \
-    +device=cpu \
-    data.train_files="$DATA/train.parquet" \
-    data.val_files="$DATA/val.parquet" \
-    data.train_batch_size=16 \
-    data.max_prompt_length=128 \
-    data.max_response_length=16 \
-    data.seed="$SEED" \
-    rema.max_turns=4 \
-    rema.seed="$SEED" \
-    rema.prompts.meta_thinking=plan \
-    rema.prompts.reasoning=solve \
-    rema.prompts.first_instruction="'{question}|{instruction}'" \
-    actor_rollout_ref.model.path="$(realpath "$START_FROM/model")" \
-    actor_rollout_ref.actor.ppo_mini_batch_size=16 \
-    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=64 \
-    actor_rollout_ref.actor.optim.lr=2e-4 \
-    actor_rollout_ref.actor.optim.lr_scheduler_type=cosine \
-    actor_rollout_ref.actor.optim.weight_decay=0.0 \
-    actor_rollout_ref.rollout.n=8 \
-    actor_rollout_ref.rollout.seed="$SEED" \
-    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=64 \
-    actor_rollout_ref.rollout.max_num_batched_tokens=2048 \
-    trainer.total_training_steps="$STEPS" \
-    trainer.total_epochs=1000 \
-    trainer.save_freq=5 \
-    trainer.test_freq=5 \
-    "$@"
+    bash -c 'set -euo pipefail; train "$@"' train "$NAME" "${ARGUMENTS[@]}"
   touch "$RUN/done_$STEPS"
 fi
 

@@ -23,9 +23,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from rema_verl.config import ReMAConfig, RoleConfig, mpdf, role_config
+from rema_verl.config import ReMAConfig, RoleConfig, keys, mpdf, role_config
 from rema_verl.dialogue import META_THINKING, ROLES, Dialogue
-from rema_verl.errors import Parser, UserError, die
+from rema_verl.errors import NOTE, Parser, UserError, complain, die
 
 MODES = ("rema", "rema_separate")
 ASYNC_MODES = ("colocate_async", "separate_async")  # verl's own: a weight sync interrupts messages, which then go on
@@ -88,11 +88,13 @@ WHOLE_OR_NULL = {
 
 
 def check_or_exit(config: DictConfig) -> None:
-    """Run :func:`check`; print a mistake as one line and exit with code 2."""
+    """Run :func:`check`; print a mistake as one line and exit with code 2, and what has no effect as one line each."""
     try:
         check(config)
     except ValueError as e:
         die(e)
+    for note in keys.notes(config):
+        complain(note, NOTE)
 
 
 def check(config: DictConfig) -> None:
@@ -101,6 +103,7 @@ def check(config: DictConfig) -> None:
     Raises:
         ValueError: for the first mistake found.
     """
+    keys.check(config)  # of runs that use a single piece of ours, too
     if mpdf.uses_mpdf(config):
         mpdf.check(config)
     if uses_rema(config):
@@ -125,6 +128,7 @@ def check_cheaply(config: DictConfig, files: bool = True) -> None:
         if files:
             check_supervised(config)
         return
+    keys.check(config)
     checks = [mpdf.check_settings] if mpdf.uses_mpdf(config) else []
     checks += [check_settings] if uses_rema(config) else []
     for check in checks:
@@ -252,29 +256,13 @@ def constant(file: Path, name: str) -> Any:
 
 
 def check_combinations(config: DictConfig) -> None:
-    """Combinations that would train something else in silence."""
-    if (mode := config.trainer.v1.trainer_mode) in MODES:
-        if config.actor_rollout_ref.rollout.agent.default_agent_loop != "rema":
-            raise ConfigError(
-                f"trainer.v1.trainer_mode={mode} needs actor_rollout_ref.rollout.agent.default_agent_loop=rema"
-            )
-        if config.algorithm.adv_estimator == "gae":
-            raise ConfigError(
-                f"trainer.v1.trainer_mode={mode} has no critic; use an estimator such as role_grpo, not gae"
-            )
-        for key in ("algorithm.rollout_correction.bypass_mode", "distillation.enabled"):
-            if OmegaConf.select(config, key):
-                raise ConfigError(f"{key}=true does not work with trainer.v1.trainer_mode={mode}")
-        if config.trainer.max_actor_ckpt_to_keep == 1:
-            raise ConfigError(
-                "trainer.max_actor_ckpt_to_keep=1 deletes the last good checkpoint before the next is complete; "
-                "use at least 2"
-            )
-        if config.algorithm.adv_estimator == "grpo":
-            raise ConfigError(
-                "algorithm.adv_estimator=grpo looks at one row per trajectory only and gives its advantage to both "
-                "roles; use role_grpo"
-            )
+    """Combinations that would train something else in silence; most stand in ``config/keys.yaml``."""
+    mode = config.trainer.v1.trainer_mode
+    if mode in MODES and config.actor_rollout_ref.rollout.agent.default_agent_loop != "rema":
+        raise ConfigError(
+            f"trainer.v1.trainer_mode={mode} needs actor_rollout_ref.rollout.agent.default_agent_loop=rema"
+        )
+    keys.check(config)
 
 
 def check_roles(config: DictConfig, rema: ReMAConfig) -> None:
@@ -295,7 +283,12 @@ def check_roles(config: DictConfig, rema: ReMAConfig) -> None:
                 "rema.roles: leave n_gpus_per_node unset for a role that is trainable; it gets trainer.n_gpus_per_node"
             )
         for role in ROLES:
-            role_config(config, role)  # names an override that verl does not know
+            keys.check_overrides(config, role, rema.roles[role].overrides)
+            own = role_config(config, role)  # names an override that verl does not know
+            try:
+                keys.check(own)
+            except ValueError as e:
+                raise ConfigError(f"rema.roles.{role}.overrides: {e}") from None
         return
     for role, options in rema.roles.items():
         for key, default in (("model_path", None), ("trainable", True), ("n_gpus_per_node", None), ("overrides", {})):

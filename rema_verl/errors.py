@@ -5,6 +5,7 @@ import sys
 from typing import NoReturn
 
 PREFIX = "rema-verl: error:"
+NOTE = "rema-verl: note:"
 
 
 class UserError(ValueError):

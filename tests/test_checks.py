@@ -156,6 +156,35 @@ BAD_SEPARATE = {
     "unknown level": (["rema.switch.level=week"], "rema.switch.level must be one of step, epoch, none, got 'week'"),
     "freq": (["rema.switch.freq=0"], "rema.switch.freq must be a whole number of at least 1, got 0"),
     "critic": (["algorithm.adv_estimator=gae"], "trainer.v1.trainer_mode=rema_separate has no critic"),
+    "temperature": (
+        ["+rema.roles.reasoning.overrides.rollout.temperature=0.5"],
+        "rollout.temperature=0.5 reaches the trainer and not the sampler: set rema.roles.reasoning.temperature, which",
+    ),
+    "top_k": (
+        ["+rema.roles.meta_thinking.overrides.rollout.top_k=5"],
+        "overrides.rollout.top_k=5 reaches the trainer and not the sampler: set rema.roles.meta_thinking.top_k",
+    ),
+    "path": (["+rema.roles.reasoning.overrides.model.path=x"], "set rema.roles.reasoning.model_path, which reaches"),
+    "samples": (
+        ["+rema.roles.reasoning.overrides.rollout.n=4"],
+        "overrides.rollout.n=4 is one for both roles: set actor_rollout_ref.rollout.n",
+    ),
+    "validation": (
+        ["+rema.roles.reasoning.overrides.rollout.val_kwargs.temperature=1"],
+        "is one for both roles: set actor_rollout_ref.rollout.val_kwargs.temperature",
+    ),
+    "KL term of a role": (
+        ["+rema.roles.reasoning.overrides.actor.use_kl_loss=true"],
+        "is one for both roles: set actor_rollout_ref.actor.use_kl_loss",
+    ),
+    "LoRA of a role, with a reference": (
+        ["+rema.roles.reasoning.overrides.model.lora_rank=8", "actor_rollout_ref.actor.use_kl_loss=true"],
+        "verl makes one reference for both roles (set actor_rollout_ref.model.lora_rank)",
+    ),
+    "what is refused for both": (
+        ["+rema.roles.reasoning.overrides.actor.grad_clip=0.5"],
+        "rema.roles.reasoning.overrides: actor_rollout_ref.actor.grad_clip=0.5 is not read",
+    ),
 }
 
 
@@ -167,6 +196,20 @@ def test_bad_configuration_of_separate_models(config, capsys, case):
     assert exit_info.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and message in lines[0], lines
+
+
+def test_what_one_role_may_have_of_its_own_passes(config, files):
+    own = "+rema.roles.reasoning.overrides"
+    checks.check(
+        config(
+            *SEPARATE,
+            "rema.roles.reasoning.temperature=0.5",
+            f"{own}.model.lora_rank=8",
+            f"{own}.model.custom_chat_template='{{{{ messages[0].content }}}}{{{{ messages[1].content }}}}'",
+            f"{own}.actor.ppo_mini_batch_size=2",
+            f"{own}.rollout.gpu_memory_utilization=0.3",
+        )
+    )
 
 
 COLOCATE = "trainer.v1.trainer_mode=colocate_async"

@@ -150,7 +150,14 @@ RECIPE_MISTAKES = [
     ("rema_llama8b_math", "+device=gpu", "Could not find 'device/gpu' Available options in 'device': cpu"),
     ("rema_llama8b_math", "--no-such-flag", "--no-such-flag"),
     ("rema_llama8b_math", "rema.max_turns=0", "rema.max_turns must be at least 1, got 0"),
+    ("rema_llama8b_math", "actor_rollout_ref.actor.grad_clip=0.5", "set actor_rollout_ref.actor.optim.clip_grad"),
+    ("rema_llama8b_math", "custom_reward_function.path=/a.py", "set reward.custom_reward_function.path"),
     ("mpdf_llm_qwen7b_math", "mpdf.agents=1", "mpdf.agents must be at least 2, got 1"),
+    (
+        "mpdf_llm_qwen7b_math",
+        "trainer.v1.trainer_mode=sync",
+        "default_agent_loop=mpdf needs trainer.v1.trainer_mode=mpdf",
+    ),
     ("rema_sft_qwen25_7b", "data.max_len=4", "Could not override 'data.max_len'"),
     ("rema_sft_qwen25_7b", "model.path=/a/model", "model.path=/a/model: cannot load"),
     ("rema_sft_qwen25_7b", "data.train_files=/nowhere.parquet", "data.train_files: /nowhere.parquet: no such file"),
@@ -159,6 +166,8 @@ RECIPE_MISTAKES = [
     ("eval_math", "--no-such-flag", "--no-such-flag: a model comes first"),
     ("eval_math", "/a/model", "/a/model: no such model folder"),
     ("eval_math", "m rema.max_turn=1", "rema.max_turn"),
+    ("quickstart", "data.train_batchsize=4", "Could not override 'data.train_batchsize'"),
+    ("quickstart", "rema.max_turns=0", "rema.max_turns must be at least 1, got 0"),
     ("smoke", "recipes/no_such.sh", "recipes/no_such.sh: no such recipe"),
 ]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from rema_verl.config import ReMAConfig, is_number, typed
+from rema_verl.config import ReMAConfig, is_number, keys, typed
 from rema_verl.deliberation.protocol import Prompts
 
 MAX_AGENTS = 16  # every agent reads every other one's answer in every round
@@ -102,33 +102,16 @@ def check_settings(config: DictConfig) -> None:
     ReMAConfig.of(config)
     checks.check_written(config)
     checks.check_whole(config)
+    keys.check(config)
     if config.trainer.v1.trainer_mode == "mpdf":
         check_trainer(config, mpdf)
 
 
 def check_trainer(config: DictConfig, mpdf: MPDFConfig) -> None:
-    """What trainer mode ``mpdf`` would train wrongly, and sizes that verl finds out about in the first step."""
+    """The loop that trainer mode ``mpdf`` needs, and sizes that verl finds out about in the first step."""
     actor, rollout, mode = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, "trainer.v1.trainer_mode"
     if rollout.agent.default_agent_loop != "mpdf":
         raise ValueError(f"{mode}=mpdf needs actor_rollout_ref.rollout.agent.default_agent_loop=mpdf")
-    if config.algorithm.adv_estimator in ("gae", "grpo", "role_grpo"):
-        raise ValueError(
-            f"algorithm.adv_estimator={config.algorithm.adv_estimator} does not work with {mode}=mpdf (no critic, and "
-            f"every agent's row has a reward of its own): use softrankpo"
-        )
-    for key in ("algorithm.rollout_correction.bypass_mode", "distillation.enabled"):
-        if OmegaConf.select(config, key):
-            raise ValueError(f"{key}=true does not work with {mode}=mpdf")
-    if not (rollout.val_kwargs.do_sample and rollout.val_kwargs.temperature > 0):
-        raise ValueError(
-            f"actor_rollout_ref.rollout.val_kwargs must sample (do_sample=true, temperature above 0) with {mode}=mpdf: "
-            f"greedy agents get one prompt, give one answer, and have nothing to deliberate about"
-        )
-    if config.trainer.max_actor_ckpt_to_keep == 1:
-        raise ValueError(
-            "trainer.max_actor_ckpt_to_keep=1 deletes the last good checkpoint before the next is complete; use at "
-            "least 2"
-        )
     if config.data.train_batch_size % actor.ppo_mini_batch_size:
         raise ValueError(
             f"data.train_batch_size={config.data.train_batch_size} is not a multiple of "

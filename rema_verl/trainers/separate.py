@@ -83,6 +83,10 @@ class SeparateTrainer(ReMATrainer):
             super()._setup()  # all that there is once, and the first model
         finally:
             config, self.config = self.config, whole
+        with open_dict(whole):  # verl settles some keys during its set-up, data.gen_batch_size among them
+            for group in whole:
+                if group != "actor_rollout_ref":
+                    whole[group] = config[group]
         self.players[self.first] = Player(
             config, self.actor_rollout_wg, self.llm_server_manager, self.checkpoint_manager, self.tokenizer
         )

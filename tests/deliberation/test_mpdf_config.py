@@ -123,6 +123,11 @@ def test_the_trainers_configuration_composes_and_passes(inputs):
         ("trainer.max_actor_ckpt_to_keep=1", "use at least 2"),
         ("actor_rollout_ref.rollout.val_kwargs.do_sample=false", "greedy agents get one prompt"),
         ("actor_rollout_ref.rollout.val_kwargs.temperature=0", "greedy agents get one prompt"),
+        ("trainer.v1.trainer_mode=sync", "sync would train every agent's row on the reward of the last one's"),
+        ("trainer.v1.trainer_mode=colocate_async", "default_agent_loop=mpdf needs trainer.v1.trainer_mode=mpdf"),
+        ("trainer.v1.trainer_mode=separate_async", "default_agent_loop=mpdf needs trainer.v1.trainer_mode=mpdf"),
+        ("algorithm.rollout_correction.rollout_rs=token_k1", "cuts turns into pieces: reject whole rows"),
+        ("trainer.critic_warmup=5", "would skip the first updates to train a critic, and there is none"),
     ],
 )
 def test_mistakes_are_found_before_anything_starts(inputs, override, message):
