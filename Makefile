@@ -4,7 +4,7 @@ PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n 2 --dist loadfile
 # not .venv's: a GPU machine may have torch and transformers, and no verl
 GPU_PYTHON ?= python3
 
-.PHONY: setup test test-fast test-long lint quickstart smoke bench bench-launch bench-rollout gpu-check
+.PHONY: setup test test-fast test-long lint quickstart smoke bench bench-claims bench-launch bench-rollout gpu-check
 
 setup:            ## make .venv (no accelerator needed)
 	bash recipes/setup_cpu.sh
@@ -29,6 +29,7 @@ smoke: setup      ## every recipe for two real steps on CPU: more than an hour o
 bench: setup      ## loss and estimator benchmarks, printed as a table
 	$(PYTHON) tests/benchmarks/algorithms.py
 
+bench-claims: setup  ## the papers' claims in small worlds with a known optimum: 2 minutes on two idle cores
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/benchmarks $(PYTHON) -m claims
 
 bench-launch: setup  ## what a launch costs: its processes, what they had loaded, CPU and wall seconds, as a table
