@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ReMA, multi-turn, shared weights, Qwen2.5-7B on 133 questions with token-level ratios: the control of the turn-level
-# ratio, with verl's own PPO loss. Compare with rema_qwen25_7b_mini133_t256.sh, the same but for the loss.
+# ratio. Compare with rema_qwen25_7b_mini133_t256.sh, the same but for the ratio: weights of turns and tokens are its.
 #
 #   Paper      ReMA (NeurIPS-25), ablations on 133 questions, camera-ready
 #   Hardware   one node with 8 GPUs of 80 GB (the paper: 8 A800, about 30 h; 3 seeds: SEED=1, 2, 3)
@@ -21,5 +21,5 @@ train rema_qwen25_7b_mini133_token_ratio +setting=multi_turn_mini133 \
   data.train_files="$TRAIN_FILES" \
   data.val_files="$VAL_FILES" \
   actor_rollout_ref.model.path="$MODEL" \
-  actor_rollout_ref.actor.policy_loss.loss_mode=vanilla \
+  actor_rollout_ref.actor.policy_loss.turn_ratio=token \
   "${KNOBS[@]}" "$@"

@@ -6,6 +6,7 @@ One turn is one action, so it gets one ratio, one clip decision and one weight h
 
     geometric   r = exp(mean over the turn's tokens of the log-ratio)   camera-ready Eq. 14 and the authors' code
     arithmetic  r = mean over the turn's tokens of the token ratio      preprint Eq. 13
+    token       one r a token, clipped by itself: the control, with the same weights of turns and tokens
 
     turn loss = mean over the turn's tokens of  -min(r A, clip(r, 1 - low, 1 + high) A),  at most -clip_c A where A < 0
 
@@ -49,7 +50,7 @@ else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-TURN_RATIOS = ("geometric", "arithmetic")
+TURN_RATIOS = ("geometric", "arithmetic", "token")
 TURN_AGGS = ("trajectory", "turn", "sum")
 
 # verl's own bound on log-ratios (``vanilla``). It keeps exp finite whatever the options, log_ratio_cap=null included.
@@ -63,12 +64,12 @@ class TurnClipOptions:
     """Options of ``turn_clip``. Under verl they come as :class:`TurnClipLossConfig`, which has them and verl's own.
 
     Args:
-        turn_ratio: "geometric" or "arithmetic", see the module's head.
+        turn_ratio: "geometric", "arithmetic" or "token", see the module's head.
         turn_agg: "trajectory", "turn" or "sum", see the module's head.
         turn_scale: in turns; what "sum" divides by. A constant such as the turn limit keeps the loss near the scale
             of "trajectory".
         log_ratio_cap: natural log; upper clamp on a turn's mean log-ratio before exp (for "arithmetic": on the log of
-            the mean ratio). ``None`` turns it off. A capped turn gets no gradient.
+            the mean ratio; for "token": on each token's). ``None`` turns it off. What is capped gets no gradient.
 
     Raises:
         ValueError: an unknown value, or a scale or cap that is not positive.
@@ -163,6 +164,19 @@ def turn_ratios(
     bounded = log_ratio.masked_fill(turns.of_token == turns.num, 0.0).clamp(max=MAX_LOG_RATIO)
     ratio = sum_per_turn(bounded.exp(), turns) / turns.length
     return ratio.clamp(max=math.exp(cap)), mean_log_ratio, ratio > math.exp(cap)
+
+
+def token_ratios(
+    log_prob: torch.Tensor, old_log_prob: torch.Tensor, turns: Turns, log_ratio_cap: float | None = 3.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Like :func:`turn_ratios` for ``turn_ratio=token``: (B, L) ratios, (N,) mean log-ratios, (B, L) which are capped.
+
+    Masked tokens have ratio 1.
+    """
+    cap = MAX_LOG_RATIO if log_ratio_cap is None else log_ratio_cap
+    log_ratio = (log_prob - old_log_prob).masked_fill(turns.of_token == turns.num, 0.0)
+    mean_log_ratio = sum_per_turn(log_ratio, turns) / turns.length
+    return log_ratio.clamp(min=-MAX_LOG_RATIO, max=cap).exp(), mean_log_ratio, log_ratio > cap
 
 
 def turn_weight(
@@ -298,19 +312,28 @@ def compute_policy_loss_turn_clip(
 
     dtype = torch.promote_types(log_prob.dtype, torch.float32)
     turns = find_turns(response_mask)
-    ratio, mean_log_ratio, capped = turn_ratios(
-        log_prob.to(dtype), old_log_prob.to(dtype), turns, options.turn_ratio, options.log_ratio_cap
-    )
+    log_probs = log_prob.to(dtype), old_log_prob.to(dtype)
+    by_token = options.turn_ratio == "token"
+    if by_token:
+        ratio, mean_log_ratio, capped = token_ratios(*log_probs, turns, options.log_ratio_cap)
+    else:
+        ratio, mean_log_ratio, capped = turn_ratios(*log_probs, turns, options.turn_ratio, options.log_ratio_cap)
 
-    # The ratio is one number per turn and positive, so where A > 0 the clipped objective is A min(r, 1 + high), where
-    # A < 0 it is A max(r, 1 - low), and the mean over tokens needs only the mean of A's positive and negative parts.
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return sum_per_turn(values.to(dtype), turns) / turns.length
+
+    # A ratio is positive, so where A > 0 the clipped objective is A min(r, 1 + high), where A < 0 it is
+    # A max(r, 1 - low). With one ratio a turn, the mean over tokens needs only the mean of A's positive and negative
+    # parts.
     with torch.no_grad():
         weighted = advantages.to(dtype)
         if rollout_is_weights is not None:
             weighted = weighted * rollout_is_weights
-        gain = sum_per_turn(weighted.clamp(min=0.0), turns) / turns.length
-        pain = sum_per_turn(weighted.clamp(max=0.0), turns) / turns.length
-    turn_loss = -gain * ratio.clamp(max=1 + clip_high) - pain * ratio.clamp(min=1 - clip_low).clamp(max=clip_c)
+        gain, pain = weighted.clamp(min=0.0), weighted.clamp(max=0.0)
+        if not by_token:
+            gain, pain = mean(gain), mean(pain)
+    loss = -gain * ratio.clamp(max=1 + clip_high) - pain * ratio.clamp(min=1 - clip_low).clamp(max=clip_c)
+    turn_loss = mean(loss) if by_token else loss
 
     weight = turn_weight(
         turns,
@@ -320,7 +343,7 @@ def compute_policy_loss_turn_clip(
         global_batch_size=batch_info.get("global_batch_size"),
         num_turns=_num_global_turns(batch_info, check_mask(response_mask)) if options.turn_agg == "turn" else None,
     )
-    loss = (turn_loss * weight.to(dtype)).sum()
+    total = (turn_loss * weight.to(dtype)).sum()
     metrics = {
         "actor/pg_clipfrac": ((gain > 0) & (ratio > 1 + clip_high)) | ((pain < 0) & (ratio < 1 - clip_low)),
         "actor/pg_clipfrac_lower": (pain < 0) & (ratio > clip_c),
@@ -328,7 +351,10 @@ def compute_policy_loss_turn_clip(
         "actor/log_ratio_clipfrac": capped,
         "actor/turn_ratio_mean": ratio,
     }
-    return loss, _reduce(metrics, ratio)
+    if by_token:  # a turn counts by the share of its tokens
+        metrics = {name: mean(values) if values.dim() == 2 else values for name, values in metrics.items()}
+        ratio = ratio.flatten()[turns.tokens]
+    return total, _reduce(metrics, ratio)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from rema_verl.algorithms.turn_clip import (
 )
 from rema_verl.algorithms.turns import count_turns
 
-RATIOS, AGGS = ("geometric", "arithmetic"), ("trajectory", "turn", "sum")
+RATIOS, AGGS = ("geometric", "arithmetic", "token"), ("trajectory", "turn", "sum")
 
 
 def actor_config(policy_loss=None, **options) -> ActorConfig:
@@ -75,11 +75,13 @@ def reference_loss(batch, ratio_form, agg, scale=1.0, cap=3.0, low=0.2, high=0.2
             if ratio_form == "geometric":
                 mean = sum(logs) / len(logs)
                 ratio = torch.exp(mean if cap is None else mean.clamp(max=cap))
-            else:
+            elif ratio_form == "arithmetic":
                 ratio = sum(torch.exp(x) for x in logs) / len(logs)
                 ratio = ratio if cap is None else ratio.clamp(max=math.exp(cap))
             loss = 0.0
-            for j in turn:
+            for j, log_ratio in zip(turn, logs, strict=True):
+                if ratio_form == "token":
+                    ratio = torch.exp(log_ratio if cap is None else log_ratio.clamp(max=cap))
                 a = batch["advantages"][row, j].double()
                 token = -torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
                 if a < 0:
@@ -158,6 +160,28 @@ def test_one_turn_per_row_is_gspo():
 
     # verl divides by tokens + 1e-8, hence not to the last digit.
     torch.testing.assert_close(value_and_grad(partial(ours, config=config), batch), value_and_grad(gspo, batch))
+
+
+def test_token_ratios_of_one_turn_per_row_are_verls_vanilla():
+    """The control differs from the turn ratio in nothing but the ratio, and from verl's loss in nothing but weights."""
+    batch = make_batch(rows=6, spread=1.5)
+    mask = torch.zeros(6, 40, dtype=torch.bool)
+    for row, (start, end) in enumerate([(0, 40), (0, 1), (5, 30), (39, 40), (0, 7), (20, 40)]):
+        mask[row, start:end] = True
+    batch["response_mask"] = mask
+    config = actor_config(TurnClipLossConfig(turn_ratio="token", log_ratio_cap=None))
+
+    def vanilla(b):
+        return get_policy_loss_fn("vanilla")(config=config, loss_agg_mode="seq-mean-token-mean", **b)[0]
+
+    expected = value_and_grad(vanilla, batch)
+    torch.testing.assert_close(value_and_grad(partial(ours, config=config), batch), expected)
+    assert expected[1].abs().sum() > 0
+    got, theirs = (
+        f(config=config, loss_agg_mode="token-mean", **batch)[1]
+        for f in (compute_policy_loss_turn_clip, get_policy_loss_fn("vanilla"))
+    )
+    assert got["actor/pg_clipfrac"] > 0 and theirs["actor/pg_clipfrac"] > 0
 
 
 def test_constant_inside_a_turn_so_long_turns_weigh_no_more():

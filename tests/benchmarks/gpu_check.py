@@ -34,11 +34,12 @@ from rich.table import Table
 
 from rema_verl.algorithms.advantages import compute_role_grpo_advantage, compute_turn_reinforce_plus_plus_advantage
 from rema_verl.algorithms.softrankpo import compute_softrankpo_advantage, rank_matching_loss, softrank_advantage
-from rema_verl.algorithms.turn_clip import TURN_AGGS, TURN_RATIOS, TurnClipOptions, compute_policy_loss_turn_clip
+from rema_verl.algorithms.turn_clip import TURN_AGGS, TurnClipOptions, compute_policy_loss_turn_clip
 from rema_verl.algorithms.turns import find_turns, sum_per_turn
 from rema_verl.errors import Parser, UserError, die
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RATIOS = ("geometric", "arithmetic")  # "token" is compared with verl's vanilla, in tests/algorithms/test_turn_clip.py
 # Clip range (low, high) with dual clip, and log-ratio cap: the usual ones, tight ones, and no cap.
 CLIPS = [((0.2, 0.28, 3.0), 3.0), ((0.1, 0.4, 1.5), 0.6), ((0.2, 0.2, 3.0), None)]
 NUM_PROMPT = 8  # tokens before the response
@@ -236,7 +237,7 @@ def reference_turn_reinforce(gamma: float, rewards, mask, index) -> torch.Tensor
 
 def check_turn_clip(device: str, sizes: Sizes) -> list[Row]:
     table, reached = [], []
-    for dtype, ratio, agg in itertools.product(DTYPES, TURN_RATIOS, TURN_AGGS):
+    for dtype, ratio, agg in itertools.product(DTYPES, RATIOS, TURN_AGGS):
         values, gradients = [], []
         for number, (shape, weighted) in enumerate(itertools.product(sizes.shapes, (False, True))):
             clip, cap = CLIPS[number % len(CLIPS)]
