@@ -6,8 +6,8 @@
 #   sft NAME ARG...        verl's SFT trainer, the model in $RUNS/NAME/model
 #   tiny_cold_start ...    the same on CPU for a tiny task: data/ of a folder in, model of that folder out
 #   KNOBS                  what the environment sets of the table below, for a recipe's command line
-# SMOKE=1 makes `train` and `sft` run any recipe for two real steps on CPU: other model, size and device, the rest
-# unchanged. PRINT_OVERRIDES=1 makes them print the Hydra overrides, one per line, and start nothing.
+# SMOKE=1 makes `train` and `sft` run any recipe for two real steps on CPU: other model, size, learning rate and
+# device, the rest unchanged. PRINT_OVERRIDES=1 makes them print the Hydra overrides, one per line, and start nothing.
 
 set -euo pipefail
 case ${1:-} in -h | --help) # of a recipe: the comment at its head

@@ -2,7 +2,9 @@
 
 Shapes: B rows, L response tokens, G groups, K members of one group.
 
-Only the order of the rewards inside a group matters, so no increasing transform of them changes an advantage.
+Only the order of the rewards inside a group matters, so no increasing transform of them changes an advantage. That cuts
+both ways: where nobody succeeds, a reward of 0.01 for trying ranks as high above 0 as a success does, and training
+follows it (docs/claims.md, "Crumbs"). ``tie_tolerance``, which is ours, takes rewards that close for one.
 """
 
 import math
@@ -14,15 +16,21 @@ import torch
 from rema_verl.algorithms.advantages import group_numbers, read_options, read_rows
 
 
-def _check_options(tau: float, eps: float) -> None:
+def _check_options(tau: float, eps: float, tie_tolerance: float) -> None:
     if not (tau > 0 and math.isfinite(tau)):
         raise ValueError(f"softrankpo's tau must be a positive number, got {tau!r}")
     if not eps > 0:
         raise ValueError(f"softrankpo's eps must be a positive number, got {eps!r}")
+    if not (tie_tolerance >= 0 and math.isfinite(tie_tolerance)):
+        raise ValueError(f"softrankpo's tie_tolerance must be 0 or a positive number, got {tie_tolerance!r}")
 
 
 def softrank_advantage(
-    rewards: torch.Tensor, group_index: Sequence[Hashable], tau: float = 0.5, eps: float = 1e-6
+    rewards: torch.Tensor,
+    group_index: Sequence[Hashable],
+    tau: float = 0.5,
+    eps: float = 1e-6,
+    tie_tolerance: float = 0.0,
 ) -> torch.Tensor:
     """(B,) rewards -> (B,) advantages. For a group of K:
 
@@ -37,19 +45,29 @@ def softrank_advantage(
         group_index: (B,) hashable group ids, in any order.
         tau: skews the quantiles towards high ranks (below 1: towards low ranks).
         eps: added to the std.
+        tie_tolerance: in units of the reward; a reward is tied with the next lower one of its group where it is at most
+            this much above it, so a chain of such steps is one tie. Above 0 the result depends on the rewards' scale.
 
     Returns:
         (B,) in the rewards' dtype; float32 for half precision and integers.
 
     Raises:
-        ValueError: shapes that do not match, a reward that is not finite, ``tau`` or ``eps`` not positive.
+        ValueError: shapes that do not match, a reward that is not finite, ``tau`` or ``eps`` not positive, a
+            negative tolerance.
 
     Example, a group of three and one of one; neither the size nor the spacing of the rewards matters::
 
         >>> softrank_advantage(torch.tensor([0.0, 1.0, 1000.0, 5.0]), ["a", "a", "a", "b"], tau=1.0)
         tensor([-1.2247,  0.0000,  1.2247,  0.0000])
+
+    One success, one attempt that got 0.01, two failures, without a tolerance and with one::
+
+        >>> for tolerance in (0.0, 0.05):
+        ...     softrank_advantage(torch.tensor([1.0, 0.01, 0.0, 0.0]), ["a"] * 4, tie_tolerance=tolerance)
+        tensor([ 1.4782,  0.3584, -0.9183, -0.9183])
+        tensor([ 1.7320, -0.5773, -0.5773, -0.5773])
     """
-    _check_options(tau, eps)
+    _check_options(tau, eps, tie_tolerance)
     if rewards.dim() != 1 or len(rewards) != len(group_index):
         raise ValueError(
             f"rewards must have shape (rows,) with one group id each, got {tuple(rewards.shape)} and {len(group_index)}"
@@ -69,7 +87,10 @@ def softrank_advantage(
     group, rewards = group[order], rewards[order]
     size = torch.bincount(group, minlength=num_groups)
     starts_tie = torch.ones_like(group, dtype=torch.bool)
-    starts_tie[1:] = (rewards[1:] != rewards[:-1]) | (group[1:] != group[:-1])
+    apart = rewards[1:] != rewards[:-1]
+    if tie_tolerance:
+        apart &= rewards.double().diff() > tie_tolerance
+    starts_tie[1:] = apart | (group[1:] != group[:-1])
     tie = starts_tie.cumsum(0) - 1
     tie_size = torch.bincount(tie)
     # Of a tie at places f .. f+n-1 of the sorted batch the mean rank is f + (n-1)/2 less the group's own first place.
@@ -101,7 +122,7 @@ def compute_softrankpo_advantage(
         token_level_rewards: (B, L); a row's reward is their sum.
         response_mask: (B, L). Rows without a valid token take no part and get 0.
         index: (B,) hashable group ids; in trainer mode ``rema`` one per (prompt, role).
-        config: verl's algorithm config. Read: ``softrankpo.tau`` (0.5) and ``softrankpo.eps`` (1e-6).
+        config: verl's algorithm config. Read: ``softrankpo.tau`` (0.5), ``.eps`` (1e-6) and ``.tie_tolerance`` (0).
 
     Returns:
         Advantages and returns, one (B, L) tensor twice, as verl's ``grpo``.
@@ -117,7 +138,7 @@ def compute_softrankpo_advantage(
                 [-0.0000, -1.2247],
                 [ 0.0000,  0.0000]])
     """
-    options = read_options(config, "softrankpo", {"tau": 0.5, "eps": 1e-6})
+    options = read_options(config, "softrankpo", {"tau": 0.5, "eps": 1e-6, "tie_tolerance": 0.0})
     rewards, takes_part, index = read_rows(token_level_rewards, response_mask, index)
     advantages = torch.zeros_like(rewards)
     advantages[takes_part] = softrank_advantage(rewards[takes_part], index, **options).to(rewards.dtype)

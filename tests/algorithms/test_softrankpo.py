@@ -1,5 +1,6 @@
 """softrankpo and the rank-matching loss against plain loops in float64."""
 
+import itertools
 import statistics
 
 import numpy as np
@@ -80,6 +81,24 @@ def test_order_of_rows_does_not_matter():
     order = torch.randperm(len(rewards), generator=torch.Generator().manual_seed(1))
     shuffled = softrank_advantage(rewards[order], [groups[i] for i in order])
     torch.testing.assert_close(shuffled, softrank_advantage(rewards, groups)[order], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.uint8, torch.bool])
+@pytest.mark.parametrize("tolerance", [0.0, 0.05, 0.3, 100.0])
+def test_rewards_within_the_tolerance_are_one_tie(dtype, tolerance):
+    """Against each tie's rewards replaced by one number, found by walking up the sorted group."""
+    rewards, groups = random_groups()
+    rewards = rewards.to(dtype) if dtype.is_floating_point else (rewards.abs() * 3).to(dtype)
+    tied = rewards.double().clone()
+    for group in set(groups):
+        members = sorted((i for i, g in enumerate(groups) if g == group), key=lambda i: float(rewards[i]))
+        for below, above in itertools.pairwise(members):
+            if float(rewards[above]) - float(rewards[below]) <= tolerance:
+                tied[above] = tied[below]
+    got = softrank_advantage(rewards, groups, tie_tolerance=tolerance)
+    torch.testing.assert_close(got.double(), softrank_advantage(tied, groups), rtol=1e-6, atol=1e-6)
+    if tolerance == 100.0:
+        assert not got.any()
 
 
 @pytest.mark.parametrize("times", [2, 3])
@@ -179,7 +198,9 @@ def test_a_reward_that_is_not_finite_names_the_sample(bad):
         ({"tau": -1.0}, "tau must be a positive"),
         ({"tau": float("nan")}, "tau must be a positive"),
         ({"eps": 0.0}, "eps must be a positive"),
-        ({"taw": 1.0}, r"no option \['taw'\]; it has \['eps', 'tau'\]"),
+        ({"tie_tolerance": -0.1}, "tie_tolerance must be 0 or a positive"),
+        ({"tie_tolerance": float("inf")}, "tie_tolerance must be 0 or a positive"),
+        ({"taw": 1.0}, r"no option \['taw'\]; it has \['eps', 'tau', 'tie_tolerance'\]"),
     ],
 )
 def test_bad_options(options, message):
