@@ -12,7 +12,15 @@ from conftest import REPO, Command
 sys.path.insert(0, str(REPO / "recipes"))
 from watch import read_metrics, val_accuracy
 
-__all__ = ["check_log_probs_agree", "last_checkpoint", "make_tiny", "read_metrics", "val_accuracy", "wait_until"]
+__all__ = [
+    "check_log_probs_agree",
+    "check_ratios_leave_1",
+    "last_checkpoint",
+    "make_tiny",
+    "read_metrics",
+    "val_accuracy",
+    "wait_until",
+]
 SYNC_TOLERANCE = 1e-3  # probability; float32 on CPU stays below 1e-4, stale or garbled weights are above 0.1
 
 
@@ -37,6 +45,13 @@ def check_log_probs_agree(metrics: dict[int, dict]) -> None:
     ]
     print(f"largest rollout / trainer probability difference over {len(differences)} steps: {max(differences):.2g}")
     assert differences and max(differences) < SYNC_TOLERANCE
+
+
+def check_ratios_leave_1(metrics: dict[int, dict], prefix: str = "") -> None:
+    """Four updates a step: the later ones start from another policy than the one that sampled."""
+    kl = [m[f"{prefix}actor/ppo_kl"] for m in metrics.values() if f"{prefix}actor/ppo_kl" in m]
+    print(f"{prefix}actor/ppo_kl {kl}")
+    assert max(map(abs, kl)) > 1e-3  # rounding alone: below 1e-5
 
 
 def make_tiny(out: Path) -> Path:

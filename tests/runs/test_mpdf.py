@@ -5,6 +5,7 @@ import math
 import time
 
 import pytest
+from common import check_ratios_leave_1
 from conftest import Command
 from safetensors.torch import load_file
 
@@ -81,6 +82,7 @@ def test_the_llm_learns_to_choose_actions(tmp_path):
         assert step["mpdf/invalid_actions"] >= 0 and step["mpdf/tokens/act"] > 0
         assert step["training/rollout_probs_diff_max"] < 1e-3
     assert any(step["actor/grad_norm"] > 0 for step in metrics.values())
+    check_ratios_leave_1(metrics)
     rows = [json.loads(line) for line in (run / "rollouts/1.jsonl").read_text().splitlines()]
     assert len(rows) == 4 * 4 * 3 and {row["agent"] for row in rows} == {0, 1, 2}
     by_session: dict[str, set[float]] = {}

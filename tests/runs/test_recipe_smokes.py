@@ -1,4 +1,4 @@
-"""SMOKE=1: one recipe of each family makes two real steps (a model per role: test_separate_models.py)."""
+"""SMOKE=1: one recipe of each family makes two real steps (a model per role: test_exact_runs.py)."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
-from common import check_log_probs_agree, read_metrics
+from common import check_log_probs_agree, check_ratios_leave_1, read_metrics
 from conftest import REPO, Command
 from safetensors.torch import load_file
 
@@ -54,6 +54,7 @@ def test_smoke_makes_two_steps_that_change_the_weights(smoke):
     metrics = read_metrics(smoke / "metrics")
     # the tiny model answers one question in six: now and then all 16 answers of a step are wrong, and move nothing
     assert max(metrics) == 2 and any(metrics[step]["actor/grad_norm"] > 0 for step in (1, 2))
+    check_ratios_leave_1(metrics)
     assert all(0 < metrics[step]["rollout/engine_idle_share"] < 1 for step in (1, 2))
     state = torch.load(
         smoke / "checkpoints/global_step_2/actor/model_world_size_1_rank_0.pt", map_location="cpu", weights_only=False
@@ -116,6 +117,7 @@ def test_smoke(family, tmp_path, shared_data):
         after = load_file(run / "model/model.safetensors")
     else:
         assert any(metrics[step]["actor/grad_norm"] > 0 for step in (1, 2))
+        check_ratios_leave_1(metrics)
         shards = run / "checkpoints/global_step_2/actor/model_world_size_1_rank_0.pt"
         after = torch.load(shards, map_location="cpu", weights_only=False)
     unchanged = [
