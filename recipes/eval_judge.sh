@@ -9,6 +9,7 @@
 #   Here       not run on GPUs yet; SMOKE=1 bash recipes/eval_judge.sh runs a handful of rows on CPU
 #
 # Everything else is as in recipes/eval_math.sh, which this calls.
+case ${1:-} in -h | --help) source "$(dirname "${BASH_SOURCE[0]}")/lib.sh" ;; esac # prints this
 export TASK=judge
 export SUITE=${SUITE:-${DATA_DIR:-data}/judge/test.parquet ${DATA_DIR:-data}/judge/judgebench.parquet} BUILD=build_judge.py
 export MAX_TURNS=1 TOKENS_PER_TURN=${TOKENS_PER_TURN:-2048} CONTEXT_TOKENS=${CONTEXT_TOKENS:-8192} SMOKE_CONTEXT=1536

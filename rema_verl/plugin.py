@@ -11,9 +11,9 @@ printed to stderr and ends the process with exit code 2 (``SystemExit`` passes v
 
 import importlib
 import os
-import sys
 from importlib import metadata
-from typing import NoReturn
+
+from rema_verl.errors import die
 
 TESTED_VERL = ("0.9.1",)
 ALLOW_UNTESTED = "REMA_VERL_ALLOW_UNTESTED"
@@ -66,15 +66,10 @@ CONTENTS: dict[str, dict[str, str]] = {
 REGISTERED_BY: dict[str, str] = {"verl.trainer.ppo.core_algos": "rema_verl.algorithms.register"}
 
 
-def _die(message: str) -> NoReturn:
-    print(f"rema-verl: error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
-
-
 def _check_verl_version() -> None:
     found = metadata.version("verl")
     if found not in TESTED_VERL and os.environ.get(ALLOW_UNTESTED) != "1":
-        _die(
+        die(
             f"verl {found} is not a tested version (works with: {', '.join(TESTED_VERL)}); "
             f"install one of those, or set {ALLOW_UNTESTED}=1 to go on at your own risk"
         )
@@ -84,7 +79,7 @@ def _import_loudly(module: str) -> None:
     try:
         importlib.import_module(module)
     except Exception as e:
-        _die(f"could not load {module}: {type(e).__name__}: {e}")
+        die(f"could not load {module}: {type(e).__name__}: {e}")
 
 
 def _importer(module: str):
@@ -108,4 +103,4 @@ def register() -> None:
 try:
     register()
 except Exception as e:
-    _die(f"plug-in failed to load: {type(e).__name__}: {e}")
+    die(f"plug-in failed to load: {type(e).__name__}: {e}")

@@ -1,14 +1,53 @@
-"""Weight sync inside vLLM's CPU worker.
+"""Inside vLLM's CPU worker: weight sync, and seeded requests whose prompt is cut into chunks.
 
 vLLM's CPU linear layers pack their weight for oneDNN and leave ``layer.weight`` empty, so verl's plain
 ``load_weights`` has nothing to copy into. vLLM's own layer-wise reload restores the checkpoint layout, loads, and
 packs again.
 """
 
+import functools
 import traceback
 
+import numpy as np
 import torch
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+
+def rewind_cpu_generators() -> None:
+    """patches/rewind_cpu_generators.diff: a seeded request whose prompt is prefilled in chunks ends the engine.
+
+    vLLM samples after each chunk, throws the token away and sets the request's generator back by an offset, which only
+    generators of accelerators have. Here the generator gets the state back that it had before the draw, so that chunks
+    change nothing about what is sampled. Once per process.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    sample, bookkeeping = GPUModelRunner._sample, GPUModelRunner._bookkeeping_sync
+    if hasattr(sample, "__wrapped__"):
+        return
+
+    @functools.wraps(sample)
+    def _sample(self, *args, **kwargs):
+        thrown_away = np.nonzero(self.discard_request_mask.np[: self.input_batch.num_reqs])[0].tolist()
+        generators = {i: self.input_batch.generators.get(i) for i in thrown_away}
+        self.before_draw = {i: (g, g.get_state()) for i, g in generators.items() if g is not None}
+        return sample(self, *args, **kwargs)
+
+    @functools.wraps(bookkeeping)
+    def _bookkeeping_sync(self, *args, **kwargs):
+        generators = self.input_batch.generators
+        for i, (generator, state) in self.before_draw.items():
+            generator.set_state(state)
+            del generators[i]  # out of the way of the original, which would ask for its offset
+        try:
+            return bookkeeping(self, *args, **kwargs)
+        finally:
+            generators.update({i: generator for i, (generator, _) in self.before_draw.items()})
+
+    GPUModelRunner._sample, GPUModelRunner._bookkeeping_sync = _sample, _bookkeeping_sync
+
+
+rewind_cpu_generators()
 
 
 class CPUWorkerExtension(vLLMColocateWorkerExtension):

@@ -39,10 +39,11 @@ from rema_verl.agent_loops.rema import question_of
 from rema_verl.algorithms.advantages import role_index
 from rema_verl.config import ReMAConfig
 from rema_verl.dialogue import INVALID, JSON_ACTIONS, ROLES, StopReason
+from rema_verl.errors import PREFIX
 from rema_verl.report.recorder import Recorder, note_turns, note_update
 from rema_verl.trainers.losses import role_ppo_loss, take_turns
 from rema_verl.trainers.order import fair_order
-from rema_verl.trainers.watchdog import PREFIX, Watchdog, root_cause
+from rema_verl.trainers.watchdog import Watchdog, root_cause
 
 logger = logging.getLogger(__name__)
 TRACKER = "latest_checkpointed_iteration.txt"  # verl's pointer to the checkpoint to resume from

@@ -6,15 +6,15 @@ sign of life; the first one found dead ends the process with one line and exit c
 """
 
 import os
-import sys
 import threading
 import time
 
 import ray
 
+from rema_verl.errors import PREFIX, complain
+
 GRACE = 2.0  # seconds for Ray to forward the line to the driver's terminal
 CLEAN_UP = 30.0  # seconds for the clean-up after an error, which may wait for the dead
-PREFIX = "rema-verl: error:"
 
 
 def _engine_dead(server) -> bool:
@@ -85,7 +85,7 @@ class Watchdog(threading.Thread):
         """The one line, once."""
         with self.lock:
             if not self.said.is_set():
-                print(f"{PREFIX} {what}; {self.hint()}", file=sys.stderr, flush=True)
+                complain(f"{what}; {self.hint()}")
                 self.said.set()
 
     def find_dead(self) -> str | None:
