@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole of ReMA on two CPU cores: synthetic task, tiny model, supervised cold start, RL, evaluation.
 #
-#   bash recipes/quickstart.sh            first run: 12 minutes after the installs on a slow CPU
+#   bash recipes/quickstart.sh            first run: 4 minutes after the installs; two to three times that on a slow CPU
 #   SEED=1 bash recipes/quickstart.sh     another seed, in its own folder
 #   FRESH=1 bash recipes/quickstart.sh    start over
 #   NAME=mine bash recipes/quickstart.sh algorithm.adv_estimator=softrankpo

@@ -90,10 +90,9 @@ FAMILIES = {
     "single agent": "vrp_rl_llama3_8b_math",
     "consistency": "rema_consistency_qwen25_7b_math",
 }
-LONG = ("single agent", "consistency")
 
 
-@pytest.mark.parametrize("family", [pytest.param(f, marks=pytest.mark.long if f in LONG else ()) for f in FAMILIES])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_smoke(family, tmp_path, shared_data):
     recipe = FAMILIES[family]
     command = Command(
