@@ -22,6 +22,8 @@ what, *rest = sys.argv[1:]
 print({module!r} in sys.modules, os.getcwd(), os.environ.get("OWN"), rest, sys.stdin.read(), flush=True)
 if what == "nice":
     what = os.nice(0)
+if what == "groups":
+    what = 0 if os.getpgid(0) == os.getpid() and os.getsid(0) == os.getsid(os.getppid()) else 7
 if what == "warn":
     import logging
     logging.getLogger("verl").warning("heard")
@@ -73,6 +75,10 @@ def run(server, tmp_path: Path, *arguments: str, **environment: str):
         text=True,
         timeout=60,
     )
+
+
+def test_a_fork_has_a_process_group_of_its_own_in_the_servers_session(server, tmp_path):
+    assert run(server, tmp_path, "groups").returncode == 0
 
 
 def test_a_fork_has_the_arguments_folder_environment_files_and_exit_code_of_its_stand_in(server, tmp_path):
